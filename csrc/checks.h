@@ -1,0 +1,127 @@
+// Argument checks whose messages name the argument, what was wanted, and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace nemo_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) text << (axis ? ", " : "") << tensor.size(axis);
+  text << ']';
+  return text.str();
+}
+
+inline std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
+
+// `device_name` is of the kernel that runs, so that one tensor left on another device is named.
+inline void check_device(const char* name, const Tensor& tensor, bool on_device, const char* device_name) {
+  if (!on_device) {
+    fail(name, " must be on ", device_name, " like hidden, got a tensor on another device");
+  }
+}
+
+// `wanted` spells the shape with the meaning of its axes, e.g. "[out_features]".
+inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                        const char* wanted) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  int64_t axis = 0;
+  for (auto size = sizes.begin(); same && size != sizes.end(); ++size, ++axis) same = tensor.size(axis) == *size;
+  if (same) return;
+  std::ostringstream numbers;
+  for (auto size = sizes.begin(); size != sizes.end(); ++size) numbers << (size != sizes.begin() ? ", " : "") << *size;
+  fail(name, " must have shape ", wanted, " = [", numbers.str(), "], got ", shape_of(tensor));
+}
+
+inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wanted) {
+  if (tensor.scalar_type() != wanted) {
+    fail(name, " must be ", torch::headeronly::toString(wanted), ", got ", dtype_of(tensor));
+  }
+}
+
+// bias and scale may keep full precision beside half-precision weights.
+inline void check_dtype_or_float(const char* name, const Tensor& tensor, ScalarType wanted) {
+  const ScalarType dtype = tensor.scalar_type();
+  if (dtype != wanted && dtype != ScalarType::Float) {
+    fail(name, " must be ", torch::headeronly::toString(wanted), " like hidden, or Float, got ", dtype_of(tensor));
+  }
+}
+
+// Sizes of a value projection, checked; shared by every device's kernels.
+struct Sizes {
+  int64_t batch, tokens, in_features, out_features;
+};
+
+inline Sizes check_projection(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& scale) {
+  if (hidden.dim() != 3) fail("hidden must have shape [batch, tokens, in_features], got ", shape_of(hidden));
+  const ScalarType dtype = hidden.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    fail("hidden must be Float, BFloat16 or Half, got ", dtype_of(hidden));
+  }
+  if (weight.dim() != 2 || weight.size(1) != hidden.size(2)) {
+    fail("weight must have shape [out_features, in_features] with in_features = ", hidden.size(2), ", got ",
+         shape_of(weight));
+  }
+  check_dtype("weight", weight, dtype);
+  const Sizes sizes{hidden.size(0), hidden.size(1), hidden.size(2), weight.size(0)};
+  if (bias) {
+    check_shape("bias", *bias, {sizes.out_features}, "[out_features]");
+    check_dtype_or_float("bias", *bias, dtype);
+  }
+  if (scale) {
+    if (scale->dim() == 1) {
+      check_shape("scale", *scale, {sizes.out_features}, "[out_features]");
+    } else {
+      check_shape("scale", *scale, {sizes.batch, sizes.out_features}, "[out_features] or [batch, out_features]");
+    }
+    check_dtype_or_float("scale", *scale, dtype);
+  }
+  return sizes;
+}
+
+inline void check_statistics(const Sizes& sizes, const std::optional<Tensor>& token_mask, const Tensor& count,
+                             const Tensor& mean, const Tensor& m2) {
+  if (token_mask) {
+    check_shape("token_mask", *token_mask, {sizes.batch, sizes.tokens}, "[batch, tokens]");
+    check_dtype("token_mask", *token_mask, ScalarType::Bool);
+  }
+  check_shape("count", count, {}, "[]");
+  check_shape("mean", mean, {sizes.out_features}, "[out_features]");
+  check_shape("m2", m2, {sizes.out_features}, "[out_features]");
+  const struct {
+    const char* name;
+    const Tensor& tensor;
+  } buffers[] = {{"count", count}, {"mean", mean}, {"m2", m2}};
+  for (const auto& buffer : buffers) {
+    check_dtype(buffer.name, buffer.tensor, ScalarType::Double);
+    if (!buffer.tensor.is_contiguous()) {
+      fail(buffer.name, " must be contiguous because it is updated in place, got stride ", buffer.tensor.stride(0));
+    }
+  }
+  const auto* first = static_cast<const double*>(mean.const_data_ptr());
+  const auto* second = static_cast<const double*>(m2.const_data_ptr());
+  if (first < second + sizes.out_features && second < first + sizes.out_features) {
+    fail("mean and m2 must not share memory: both are updated in place");
+  }
+}
+
+}  // namespace nemo_ext

@@ -1,0 +1,49 @@
+// What a variant of the CPU kernels offers to the driver in value_projection.cpp. Plain pointers, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+
+namespace nemo_ext::cpu {
+
+enum class Element { Float32, BFloat16, Float16 };
+
+// One call: values = (hidden weightᵀ + bias) · scale, and activation = mean over tokens of abs(hidden weightᵀ + bias).
+struct Projection {
+  int64_t batch, tokens, in_features, out_features;
+  Element element;  // of hidden, weight and values
+  const void* hidden;
+  int64_t hidden_strides[3];
+  const void* weight;
+  int64_t weight_strides[2];
+  const float* bias;           // [out_features] or null
+  const float* scale;          // [out_features], [batch, out_features] or null
+  int64_t scale_batch_stride;  // 0: one scale for all prompts
+  const bool* token_mask;      // [batch, tokens] or null: every token counts
+  void* values;                // [batch, tokens, out_features] or null
+  float* activation;           // [batch, out_features] or null
+};
+
+struct Variant {
+  int64_t panel_width;  // neurons side by side in one panel of the packed weight
+
+  // Floats that a panel takes, and that one thread's copy of a block of hidden takes (0: hidden is read in place).
+  int64_t (*panel_size)(const Projection&);
+  int64_t (*scratch_size)(const Projection&);
+
+  // Copies weight rows [panel · panel_width, + panel_width) into `packed`, zeros where there is no row.
+  void (*pack)(const Projection&, int64_t panel, float* packed);
+
+  // Values and activation of one prompt for the neurons of panels [begin, end); `packed` is of panel 0.
+  void (*project)(const Projection&, const float* packed, int64_t prompt, int64_t begin, int64_t end, float* scratch);
+};
+
+Variant default_variant();
+#if defined(__x86_64__)
+Variant avx2_variant();
+Variant avx512_variant();
+Variant avx512_bf16_variant();
+#endif
+
+}  // namespace nemo_ext::cpu

@@ -1,0 +1,20 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/tile.h"
+
+// Only what follows may use the target: every header is included before it.
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define NEMO_EXT_VARIANT avx2
+#define NEMO_EXT_LANES 8
+#define NEMO_EXT_ROWS 6
+#define NEMO_EXT_PAIRS false
+#define NEMO_EXT_F16C
+#include "cpu/tile_impl.h"
+#pragma GCC pop_options
+
+nemo_ext::cpu::Variant nemo_ext::cpu::avx2_variant() { return avx2::kVariant; }
+#endif

@@ -1,0 +1,280 @@
+// The kernels of one variant. A translation unit sets its target, NEMO_EXT_VARIANT (a namespace), NEMO_EXT_LANES
+// (floats in a vector), NEMO_EXT_ROWS (tokens in a tile), and then includes this file; everything here is in that
+// namespace, so no two variants can be merged by the linker. Nothing of the standard library is called: an inline
+// function of it compiled here could be the one that a CPU without the target runs.
+//
+// Every value is one chain of fused multiply-adds over in_features, in blocks of kBlock, in an order that depends
+// neither on the batch, nor on the thread, nor on where in a tile it stands. That is what makes results
+// bit-identical whatever the batch size and the number of threads.
+
+namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
+
+constexpr int kLanes = NEMO_EXT_LANES;
+constexpr int kRows = NEMO_EXT_ROWS;
+constexpr int kWidth = 2 * kLanes;
+constexpr int kTokens = 7 * kRows;  // tokens of one block: its copy of hidden stays in the L2 cache
+constexpr int kBlock = 256;         // terms that are added up before they join the total: bounds the rounding error
+
+typedef float Vector __attribute__((vector_size(4 * NEMO_EXT_LANES)));
+typedef float UnalignedVector __attribute__((vector_size(4 * NEMO_EXT_LANES), aligned(4)));
+
+inline Vector load(const float* source) { return *reinterpret_cast<const UnalignedVector*>(source); }
+inline void store(float* target, Vector vector) { *reinterpret_cast<UnalignedVector*>(target) = vector; }
+
+// A unit is what one lane takes in one step: a float, or a pair of bfloat16 where the CPU has their dot product.
+inline bool in_pairs(const Projection& p) {
+#if defined(NEMO_EXT_BF16_DOT)
+  return p.element == Element::BFloat16;
+#else
+  return false;
+#endif
+}
+
+inline int64_t units(const Projection& p) { return in_pairs(p) ? (p.in_features + 1) / 2 : p.in_features; }
+
+// Lane by lane, because arithmetic on a unit that holds a pair could turn its bits into another NaN.
+inline Vector broadcast(float unit) {
+#if NEMO_EXT_LANES == 16
+  return Vector{unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit};
+#elif NEMO_EXT_LANES == 8
+  return Vector{unit, unit, unit, unit, unit, unit, unit, unit};
+#else
+  return Vector{unit, unit, unit, unit};
+#endif
+}
+
+template <bool Pairs>
+inline void multiply_add(Vector& sum, Vector left, Vector right) {
+#if defined(NEMO_EXT_BF16_DOT)
+  if constexpr (Pairs) {
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+    return;
+  }
+#endif
+  sum += left * right;
+}
+
+inline float to_float(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Round to nearest even; a NaN stays one.
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+#if defined(NEMO_EXT_F16C)
+inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
+inline uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline float half_to_float(uint16_t half) { return c10::detail::fp16_ieee_to_fp32_value(half); }
+inline uint16_t to_half(float value) { return c10::detail::fp16_ieee_from_fp32_value(value); }
+#endif
+
+// Copies `count` elements that lie `stride` apart, as units; the odd half of a last pair is 0.
+inline void copy_units(const Projection& p, const void* source, int64_t stride, int64_t count, float* target) {
+  const auto* wide = static_cast<const float*>(source);
+  const auto* narrow = static_cast<const uint16_t*>(source);
+  if (in_pairs(p)) {
+    auto* halves = reinterpret_cast<unsigned char*>(target);
+    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(halves + 2 * i, narrow + i * stride, 2);
+    if (count % 2) __builtin_memset(halves + 2 * count, 0, 2);
+  } else if (p.element == Element::Float32) {
+    for (int64_t i = 0; i < count; ++i) target[i] = wide[i * stride];
+  } else if (p.element == Element::BFloat16) {
+    for (int64_t i = 0; i < count; ++i) target[i] = to_float(narrow[i * stride]);
+  } else {
+    int64_t i = 0;
+#if defined(NEMO_EXT_F16C)
+    if (stride == 1) {
+      for (; i + 8 <= count; i += 8) {
+        _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + i))));
+      }
+    }
+#endif
+    for (; i < count; ++i) target[i] = half_to_float(narrow[i * stride]);
+  }
+}
+
+inline const void* offset(const Projection& p, const void* base, int64_t elements) {
+  return static_cast<const char*>(base) + elements * (p.element == Element::Float32 ? 4 : 2);
+}
+
+int64_t panel_size(const Projection& p) { return units(p) * kWidth; }
+
+bool reads_in_place(const Projection& p) {
+  if (p.hidden_strides[2] != 1) return false;
+  return p.element == Element::Float32 ||
+         (in_pairs(p) && p.in_features % 2 == 0 && p.hidden_strides[1] % 2 == 0 && p.hidden_strides[0] % 2 == 0 &&
+          reinterpret_cast<uintptr_t>(p.hidden) % 4 == 0);
+}
+
+int64_t scratch_size(const Projection& p) { return reads_in_place(p) ? 0 : kTokens * units(p); }
+
+void pack(const Projection& p, int64_t panel, float* packed) {
+  constexpr int kStep = 64;  // units of a row that are moved at a time
+  float rows[kWidth][kStep];
+  const int64_t per_unit = in_pairs(p) ? 2 : 1;
+  for (int64_t begin = 0; begin < units(p); begin += kStep) {
+    const int64_t count = units(p) - begin < kStep ? units(p) - begin : kStep;
+    for (int64_t lane = 0; lane < kWidth; ++lane) {
+      const int64_t neuron = panel * kWidth + lane;
+      if (neuron >= p.out_features) {
+        for (int64_t i = 0; i < count; ++i) rows[lane][i] = 0;
+        continue;
+      }
+      const int64_t first = begin * per_unit;
+      const int64_t left = p.in_features - first;
+      copy_units(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
+                 p.weight_strides[1], left < count * per_unit ? left : count * per_unit, rows[lane]);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t lane = 0; lane < kWidth; ++lane) packed[(begin + i) * kWidth + lane] = rows[lane][i];
+    }
+  }
+}
+
+template <int Rows, bool Pairs>
+void multiply(const float* hidden, int64_t row_stride, const float* panel, int64_t steps, float (*total)[kWidth]) {
+  for (int row = 0; row < Rows; ++row) {
+    store(total[row], Vector{});
+    store(total[row] + kLanes, Vector{});
+  }
+  for (int64_t begin = 0; begin < steps; begin += kBlock) {
+    const int64_t end = steps - begin < kBlock ? steps : begin + kBlock;
+    Vector sum[Rows][2] = {};
+#pragma GCC unroll 4
+    for (int64_t k = begin; k < end; ++k) {
+      const Vector left = load(panel + k * kWidth);
+      const Vector right = load(panel + k * kWidth + kLanes);
+#pragma GCC unroll 16
+      for (int row = 0; row < Rows; ++row) {
+        const Vector unit = broadcast(hidden[row * row_stride + k]);
+        multiply_add<Pairs>(sum[row][0], unit, left);
+        multiply_add<Pairs>(sum[row][1], unit, right);
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row) {
+      store(total[row], load(total[row]) + sum[row][0]);
+      store(total[row] + kLanes, load(total[row] + kLanes) + sum[row][1]);
+    }
+  }
+}
+
+using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float (*)[kWidth]);
+
+template <bool Pairs>
+Multiply multiply_for(int64_t rows) {
+  switch (rows) {
+    case 1:
+      return multiply<1, Pairs>;
+    case 2:
+      return multiply<2, Pairs>;
+    case 3:
+      return multiply<3, Pairs>;
+    case 4:
+      return multiply<4, Pairs>;
+    case 5:
+      return multiply<5, Pairs>;
+    case 6:
+      return multiply<6, Pairs>;
+#if NEMO_EXT_ROWS > 6
+    case 7:
+      return multiply<7, Pairs>;
+    case 8:
+      return multiply<8, Pairs>;
+    case 9:
+      return multiply<9, Pairs>;
+    case 10:
+      return multiply<10, Pairs>;
+    case 11:
+      return multiply<11, Pairs>;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+// Writes `count` values of one token, rounded once to the type of hidden.
+inline void write_values(const Projection& p, int64_t first, const float* values, int64_t count) {
+  if (p.element == Element::Float32) {
+    auto* target = static_cast<float*>(p.values) + first;
+    for (int64_t i = 0; i < count; ++i) target[i] = values[i];
+  } else if (p.element == Element::BFloat16) {
+    auto* target = static_cast<uint16_t*>(p.values) + first;
+    for (int64_t i = 0; i < count; ++i) target[i] = to_bfloat16(values[i]);
+  } else {
+    auto* target = static_cast<uint16_t*>(p.values) + first;
+    for (int64_t i = 0; i < count; ++i) target[i] = to_half(values[i]);
+  }
+}
+
+void project(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end, float* scratch) {
+  const bool in_place = reads_in_place(p);
+  const int64_t per_unit = in_pairs(p) ? 2 : 1;
+  for (int64_t block = 0; block < p.tokens; block += kTokens) {
+    const int64_t tokens = p.tokens - block < kTokens ? p.tokens - block : kTokens;
+    const void* source = offset(p, p.hidden, prompt * p.hidden_strides[0] + block * p.hidden_strides[1]);
+    const float* hidden = static_cast<const float*>(source);
+    int64_t row_stride = p.hidden_strides[1] / per_unit;
+    if (!in_place) {
+      row_stride = units(p);
+      hidden = scratch;
+      for (int64_t token = 0; token < tokens; ++token) {
+        copy_units(p, offset(p, source, token * p.hidden_strides[1]), p.hidden_strides[2], p.in_features,
+                   scratch + token * row_stride);
+      }
+    }
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kWidth;
+      const int64_t count = p.out_features - first < kWidth ? p.out_features - first : kWidth;
+      float bias[kWidth] = {}, scale[kWidth] = {}, sum[kWidth] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        bias[i] = p.bias ? p.bias[first + i] : 0;
+        scale[i] = p.scale ? p.scale[prompt * p.scale_batch_stride + first + i] : 1;
+        sum[i] = p.activation && block ? p.activation[prompt * p.out_features + first + i] : 0;
+      }
+      for (int64_t token = 0; token < tokens; token += kRows) {
+        const int64_t rows = tokens - token < kRows ? tokens - token : kRows;
+        float tile[kRows][kWidth], part[kWidth] = {};
+        const auto multiply_rows = in_pairs(p) ? multiply_for<NEMO_EXT_PAIRS>(rows) : multiply_for<false>(rows);
+        multiply_rows(hidden + token * row_stride, row_stride, packed + panel * panel_size(p), units(p), tile);
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t index = prompt * p.tokens + block + token + row;
+          for (int i = 0; i < kWidth; ++i) tile[row][i] += bias[i];
+          if (p.activation && (!p.token_mask || p.token_mask[index])) {
+            for (int i = 0; i < kWidth; ++i) part[i] += __builtin_fabsf(tile[row][i]);
+          }
+          if (p.values) {
+            for (int i = 0; i < kWidth; ++i) tile[row][i] *= scale[i];
+            write_values(p, index * p.out_features + first, tile[row], count);
+          }
+        }
+        for (int i = 0; i < kWidth; ++i) sum[i] += part[i];
+      }
+      if (p.activation) {
+        for (int64_t i = 0; i < count; ++i) p.activation[prompt * p.out_features + first + i] = sum[i];
+      }
+    }
+  }
+  if (p.activation) {
+    int64_t counted = p.tokens;
+    if (p.token_mask) {
+      counted = 0;
+      for (int64_t token = 0; token < p.tokens; ++token) counted += p.token_mask[prompt * p.tokens + token];
+    }
+    const int64_t last = end * kWidth < p.out_features ? end * kWidth : p.out_features;
+    for (int64_t i = begin * kWidth; i < last; ++i) p.activation[prompt * p.out_features + i] /= counted;
+  }
+}
+
+constexpr Variant kVariant{kWidth, panel_size, scratch_size, pack, project};
+
+}  // namespace nemo_ext::cpu::NEMO_EXT_VARIANT

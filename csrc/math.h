@@ -1,0 +1,43 @@
+// Running moments, for host and device alike: Welford's update and Chan's merge.
+//
+// A sum of squares would cancel where the mean is large against the spread, which is what activations of one
+// neuron over ordinary prompts look like; neither function ever forms one.
+#pragma once
+
+#if defined(__CUDACC__)
+#define NEMO_EXT_HOST_DEVICE __host__ __device__
+#else
+#define NEMO_EXT_HOST_DEVICE
+#endif
+
+namespace nemo_ext {
+
+// Of a set of observations: how many, their mean, and the sum of squared deviations from that mean.
+template <typename Real>
+struct Moments {
+  Real count = 0;
+  Real mean = 0;
+  Real m2 = 0;
+};
+
+// Welford, "Note on a method for calculating corrected sums of squares and products", 1962.
+template <typename Real>
+NEMO_EXT_HOST_DEVICE inline void welford_update(Moments<Real>& moments, Real observation) {
+  moments.count += 1;
+  const Real before = observation - moments.mean;
+  moments.mean += before / moments.count;
+  moments.m2 += before * (observation - moments.mean);
+}
+
+// Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+template <typename Real, typename Part>
+NEMO_EXT_HOST_DEVICE inline void chan_merge(Moments<Real>& moments, const Moments<Part>& part) {
+  if (part.count == 0) return;
+  const Real total = moments.count + Real(part.count);
+  const Real difference = Real(part.mean) - moments.mean;
+  moments.mean += difference * (Real(part.count) / total);
+  moments.m2 += Real(part.m2) + difference * difference * (moments.count * Real(part.count) / total);
+  moments.count = total;
+}
+
+}  // namespace nemo_ext

@@ -1,0 +1,39 @@
+// nemo_ext._module: how this was built, and what this CPU can run. Free of torch.
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/capability.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["version"] = NEMO_EXT_VERSION;
+  facts["platform"] = NEMO_EXT_PLATFORM;
+  facts["compiler"] = NEMO_EXT_COMPILER;
+  facts["flags"] = NEMO_EXT_FLAGS;
+  facts["torch"] = NEMO_EXT_TORCH;
+  facts["cuda_architectures"] = py::list();
+  return facts;
+}
+
+py::dict cpu_capabilities() {
+  py::dict capabilities;
+  for (auto capability : nemo_ext::cpu::kCapabilities) {
+    capabilities[nemo_ext::cpu::name_of(capability)] = nemo_ext::cpu::is_supported(capability);
+  }
+  return capabilities;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_module, module) {
+  module.doc() = "Build facts and CPU capabilities of nemo_ext.";
+  module.def("build_facts", &build_facts, "How the compiled modules were built.");
+  module.def("cpu_capabilities", &cpu_capabilities, "Variant of the CPU kernels -> whether this CPU can run it.");
+  module.def(
+      "cpu_capability", [] { return nemo_ext::cpu::name_of(nemo_ext::cpu::capability()); },
+      "The variant that the operators run: the best one, or what NEMO_EXT_CPU_CAPABILITY says.");
+}
