@@ -30,7 +30,27 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-inline std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
+// As Python spells it.
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
 
 // `device_name` is of the kernel that runs, so that one tensor left on another device is named.
 inline void check_device(const char* name, const Tensor& tensor, bool on_device, const char* device_name) {
@@ -44,16 +64,18 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
                         const char* wanted) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
   int64_t axis = 0;
-  for (auto size = sizes.begin(); same && size != sizes.end(); ++size, ++axis) same = tensor.size(axis) == *size;
+  for (auto size = sizes.begin(); same && size != sizes.end(); ++size, ++axis)
+    same = tensor.size(axis) == *size;
   if (same) return;
   std::ostringstream numbers;
-  for (auto size = sizes.begin(); size != sizes.end(); ++size) numbers << (size != sizes.begin() ? ", " : "") << *size;
+  for (auto size = sizes.begin(); size != sizes.end(); ++size)
+    numbers << (size != sizes.begin() ? ", " : "") << *size;
   fail(name, " must have shape ", wanted, " = [", numbers.str(), "], got ", shape_of(tensor));
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wanted) {
   if (tensor.scalar_type() != wanted) {
-    fail(name, " must be ", torch::headeronly::toString(wanted), ", got ", dtype_of(tensor));
+    fail(name, " must be ", name_of(wanted), ", got ", name_of(tensor.scalar_type()));
   }
 }
 
@@ -61,7 +83,7 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wante
 inline void check_dtype_or_float(const char* name, const Tensor& tensor, ScalarType wanted) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != wanted && dtype != ScalarType::Float) {
-    fail(name, " must be ", torch::headeronly::toString(wanted), " like hidden, or Float, got ", dtype_of(tensor));
+    fail(name, " must be ", name_of(wanted), " like hidden, or float32, got ", name_of(tensor.scalar_type()));
   }
 }
 
@@ -75,7 +97,7 @@ inline Sizes check_projection(const Tensor& hidden, const Tensor& weight, const 
   if (hidden.dim() != 3) fail("hidden must have shape [batch, tokens, in_features], got ", shape_of(hidden));
   const ScalarType dtype = hidden.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
-    fail("hidden must be Float, BFloat16 or Half, got ", dtype_of(hidden));
+    fail("hidden must be float32, bfloat16 or float16, got ", name_of(dtype));
   }
   if (weight.dim() != 2 || weight.size(1) != hidden.size(2)) {
     fail("weight must have shape [out_features, in_features] with in_features = ", hidden.size(2), ", got ",
@@ -91,7 +113,8 @@ inline Sizes check_projection(const Tensor& hidden, const Tensor& weight, const 
     if (scale->dim() == 1) {
       check_shape("scale", *scale, {sizes.out_features}, "[out_features]");
     } else {
-      check_shape("scale", *scale, {sizes.batch, sizes.out_features}, "[out_features] or [batch, out_features]");
+      check_shape("scale", *scale, {sizes.batch, sizes.out_features},
+                  "[out_features] or [batch, out_features]");
     }
     check_dtype_or_float("scale", *scale, dtype);
   }
@@ -114,7 +137,8 @@ inline void check_statistics(const Sizes& sizes, const std::optional<Tensor>& to
   for (const auto& buffer : buffers) {
     check_dtype(buffer.name, buffer.tensor, ScalarType::Double);
     if (!buffer.tensor.is_contiguous()) {
-      fail(buffer.name, " must be contiguous because it is updated in place, got stride ", buffer.tensor.stride(0));
+      fail(buffer.name, " must be contiguous because it is updated in place, got stride ",
+           buffer.tensor.stride(0));
     }
   }
   const auto* first = static_cast<const double*>(mean.const_data_ptr());

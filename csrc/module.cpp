@@ -32,7 +32,8 @@ py::dict cpu_capabilities() {
 PYBIND11_MODULE(_module, module) {
   module.doc() = "Build facts and CPU capabilities of nemo_ext.";
   module.def("build_facts", &build_facts, "How the compiled modules were built.");
-  module.def("cpu_capabilities", &cpu_capabilities, "Variant of the CPU kernels -> whether this CPU can run it.");
+  module.def("cpu_capabilities", &cpu_capabilities,
+             "Variant of the CPU kernels -> whether this CPU can run it.");
   module.def(
       "cpu_capability", [] { return nemo_ext::cpu::name_of(nemo_ext::cpu::capability()); },
       "The variant that the operators run: the best one, or what NEMO_EXT_CPU_CAPABILITY says.");

@@ -1,5 +1,5 @@
-// Every operator's schema, once. Kernels register themselves per dispatch key (csrc/cpu, csrc/cuda); fakes, autograd
-// and autocast are in nemo_ext/ops.py.
+// Every operator's schema, once. Kernels register themselves per dispatch key (csrc/cpu, csrc/cuda); fakes,
+// autograd and autocast are in nemo_ext/ops.py.
 
 #include <Python.h>
 
@@ -9,12 +9,13 @@ STABLE_TORCH_LIBRARY(nemo_ext, library) {
   library.def("value_projection(Tensor hidden, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor");
   library.def(
       "value_projection_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor? scale, Tensor? token_mask, "
-      "Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, bool return_values) -> (Tensor values, Tensor activation)");
+      "Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, bool return_values) -> (Tensor values, Tensor "
+      "activation)");
 }
 
 // Importing the module is what loads the library; there is nothing in it.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -30,7 +30,8 @@ inline bool is_supported(Capability capability) {
 #if defined(__x86_64__)
   switch (capability) {
     case Capability::Avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
     case Capability::Avx512:
       return is_supported(Capability::Avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -58,10 +59,11 @@ inline Capability capability() {
     if (wanted && *wanted) {
       std::string supported;
       for (Capability candidate : kCapabilities) {
-        if (is_supported(candidate)) supported += std::string(supported.empty() ? "" : ", ") + name_of(candidate);
+        if (is_supported(candidate))
+          supported += std::string(supported.empty() ? "" : ", ") + name_of(candidate);
       }
-      throw std::runtime_error("NEMO_EXT_CPU_CAPABILITY must be one that this CPU supports (" + supported + "), got " +
-                               wanted);
+      throw std::runtime_error("NEMO_EXT_CPU_CAPABILITY must be one that this CPU supports (" + supported +
+                               "), got " + wanted);
     }
     return best;
   }();

@@ -9,7 +9,8 @@ namespace nemo_ext::cpu {
 
 enum class Element { Float32, BFloat16, Float16 };
 
-// One call: values = (hidden weightᵀ + bias) · scale, and activation = mean over tokens of abs(hidden weightᵀ + bias).
+// One call: values = (hidden weightᵀ + bias) · scale, and activation = mean over tokens of abs(hidden weightᵀ
+// + bias).
 struct Projection {
   int64_t batch, tokens, in_features, out_features;
   Element element;  // of hidden, weight and values
@@ -28,7 +29,8 @@ struct Projection {
 struct Variant {
   int64_t panel_width;  // neurons side by side in one panel of the packed weight
 
-  // Floats that a panel takes, and that one thread's copy of a block of hidden takes (0: hidden is read in place).
+  // Floats that a panel takes, and that one thread's copy of a block of hidden takes (0: hidden is read in
+  // place).
   int64_t (*panel_size)(const Projection&);
   int64_t (*scratch_size)(const Projection&);
 
@@ -36,7 +38,8 @@ struct Variant {
   void (*pack)(const Projection&, int64_t panel, float* packed);
 
   // Values and activation of one prompt for the neurons of panels [begin, end); `packed` is of panel 0.
-  void (*project)(const Projection&, const float* packed, int64_t prompt, int64_t begin, int64_t end, float* scratch);
+  void (*project)(const Projection&, const float* packed, int64_t prompt, int64_t begin, int64_t end,
+                  float* scratch);
 };
 
 Variant default_variant();

@@ -16,5 +16,7 @@
 #include "cpu/tile_impl.h"
 #pragma GCC pop_options
 
-nemo_ext::cpu::Variant nemo_ext::cpu::avx512_variant() { return avx512::kVariant; }
+nemo_ext::cpu::Variant nemo_ext::cpu::avx512_variant() {
+  return avx512::kVariant;
+}
 #endif

@@ -17,5 +17,7 @@
 #include "cpu/tile_impl.h"
 #pragma GCC pop_options
 
-nemo_ext::cpu::Variant nemo_ext::cpu::avx512_bf16_variant() { return avx512_bf16::kVariant; }
+nemo_ext::cpu::Variant nemo_ext::cpu::avx512_bf16_variant() {
+  return avx512_bf16::kVariant;
+}
 #endif

@@ -11,4 +11,6 @@
 #define NEMO_EXT_PAIRS false
 #include "cpu/tile_impl.h"
 
-nemo_ext::cpu::Variant nemo_ext::cpu::default_variant() { return portable::kVariant; }
+nemo_ext::cpu::Variant nemo_ext::cpu::default_variant() {
+  return portable::kVariant;
+}

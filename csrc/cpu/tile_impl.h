@@ -1,11 +1,12 @@
-// The kernels of one variant. A translation unit sets its target, NEMO_EXT_VARIANT (a namespace), NEMO_EXT_LANES
-// (floats in a vector), NEMO_EXT_ROWS (tokens in a tile), and then includes this file; everything here is in that
-// namespace, so no two variants can be merged by the linker. Nothing of the standard library is called: an inline
-// function of it compiled here could be the one that a CPU without the target runs.
+// The kernels of one variant. A translation unit sets its target, NEMO_EXT_VARIANT (a namespace),
+// NEMO_EXT_LANES (floats in a vector), NEMO_EXT_ROWS (tokens in a tile), and then includes this file;
+// everything here is in that namespace, so no two variants can be merged by the linker. Nothing of the
+// standard library is called: an inline function of it compiled here could be the one that a CPU without the
+// target runs.
 //
-// Every value is one chain of fused multiply-adds over in_features, in blocks of kBlock, in an order that depends
-// neither on the batch, nor on the thread, nor on where in a tile it stands. That is what makes results
-// bit-identical whatever the batch size and the number of threads.
+// Every value is one chain of fused multiply-adds over in_features, in blocks of kBlock, in an order that
+// depends neither on the batch, nor on the thread, nor on where in a tile it stands. That is what makes
+// results bit-identical whatever the batch size and the number of threads.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
@@ -13,15 +14,20 @@ constexpr int kLanes = NEMO_EXT_LANES;
 constexpr int kRows = NEMO_EXT_ROWS;
 constexpr int kWidth = 2 * kLanes;
 constexpr int kTokens = 7 * kRows;  // tokens of one block: its copy of hidden stays in the L2 cache
-constexpr int kBlock = 256;         // terms that are added up before they join the total: bounds the rounding error
+constexpr int kBlock = 256;  // terms that are added up before they join the total: bounds the rounding error
 
 typedef float Vector __attribute__((vector_size(4 * NEMO_EXT_LANES)));
 typedef float UnalignedVector __attribute__((vector_size(4 * NEMO_EXT_LANES), aligned(4)));
 
-inline Vector load(const float* source) { return *reinterpret_cast<const UnalignedVector*>(source); }
-inline void store(float* target, Vector vector) { *reinterpret_cast<UnalignedVector*>(target) = vector; }
+inline Vector load(const float* source) {
+  return *reinterpret_cast<const UnalignedVector*>(source);
+}
+inline void store(float* target, Vector vector) {
+  *reinterpret_cast<UnalignedVector*>(target) = vector;
+}
 
-// A unit is what one lane takes in one step: a float, or a pair of bfloat16 where the CPU has their dot product.
+// A unit is what one lane takes in one step: a float, or a pair of bfloat16 where the CPU has their dot
+// product.
 inline bool in_pairs(const Projection& p) {
 #if defined(NEMO_EXT_BF16_DOT)
   return p.element == Element::BFloat16;
@@ -30,17 +36,55 @@ inline bool in_pairs(const Projection& p) {
 #endif
 }
 
-inline int64_t units(const Projection& p) { return in_pairs(p) ? (p.in_features + 1) / 2 : p.in_features; }
+inline int64_t units(const Projection& p) {
+  return in_pairs(p) ? (p.in_features + 1) / 2 : p.in_features;
+}
 
 // Lane by lane, because arithmetic on a unit that holds a pair could turn its bits into another NaN.
 inline Vector broadcast(float unit) {
 #if NEMO_EXT_LANES == 16
-  return Vector{unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit, unit};
+  return Vector{unit, unit, unit, unit, unit, unit, unit, unit,
+                unit, unit, unit, unit, unit, unit, unit, unit};
 #elif NEMO_EXT_LANES == 8
   return Vector{unit, unit, unit, unit, unit, unit, unit, unit};
 #else
   return Vector{unit, unit, unit, unit};
 #endif
+}
+
+template <int... Index>
+struct Lanes {};
+
+#if NEMO_EXT_LANES == 16
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif NEMO_EXT_LANES == 8
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using AllLanes = Lanes<0, 1, 2, 3>;
+#endif
+
+// Swaps the off-diagonal blocks of every 2·Size × 2·Size square; for Size = 1, 2, 4, … this is a
+// transposition.
+template <int Size, int... Lane>
+inline void swap_blocks(Vector (&rows)[kLanes], Lanes<Lane...> lanes) {
+  if constexpr (Size < kLanes) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes; ++row) {
+      if (row & Size) continue;
+      const Vector upper = rows[row], lower = rows[row + Size];
+#if defined(__clang__)
+      rows[row] = __builtin_shufflevector(upper, lower, (Lane & Size ? kLanes + Lane - Size : Lane)...);
+      rows[row + Size] =
+          __builtin_shufflevector(upper, lower, (Lane & Size ? kLanes + Lane : Lane + Size)...);
+#else
+      typedef int Order __attribute__((vector_size(4 * NEMO_EXT_LANES)));
+      rows[row] = __builtin_shuffle(upper, lower, Order{(Lane & Size ? kLanes + Lane - Size : Lane)...});
+      rows[row + Size] =
+          __builtin_shuffle(upper, lower, Order{(Lane & Size ? kLanes + Lane : Lane + Size)...});
+#endif
+    }
+    swap_blocks<2 * Size>(rows, lanes);
+  }
 }
 
 template <bool Pairs>
@@ -70,20 +114,33 @@ inline uint16_t to_bfloat16(float value) {
 }
 
 #if defined(NEMO_EXT_F16C)
-inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
-inline uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+inline float half_to_float(uint16_t half) {
+  return _cvtsh_ss(half);
+}
+inline uint16_t to_half(float value) {
+  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
-inline float half_to_float(uint16_t half) { return c10::detail::fp16_ieee_to_fp32_value(half); }
-inline uint16_t to_half(float value) { return c10::detail::fp16_ieee_from_fp32_value(value); }
+inline float half_to_float(uint16_t half) {
+  return c10::detail::fp16_ieee_to_fp32_value(half);
+}
+inline uint16_t to_half(float value) {
+  return c10::detail::fp16_ieee_from_fp32_value(value);
+}
 #endif
 
 // Copies `count` elements that lie `stride` apart, as units; the odd half of a last pair is 0.
-inline void copy_units(const Projection& p, const void* source, int64_t stride, int64_t count, float* target) {
+inline void copy_units(const Projection& p, const void* source, int64_t stride, int64_t count,
+                       float* target) {
   const auto* wide = static_cast<const float*>(source);
   const auto* narrow = static_cast<const uint16_t*>(source);
   if (in_pairs(p)) {
     auto* halves = reinterpret_cast<unsigned char*>(target);
-    for (int64_t i = 0; i < count; ++i) __builtin_memcpy(halves + 2 * i, narrow + i * stride, 2);
+    if (stride == 1) {
+      __builtin_memcpy(halves, narrow, 2 * count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) __builtin_memcpy(halves + 2 * i, narrow + i * stride, 2);
+    }
     if (count % 2) __builtin_memset(halves + 2 * count, 0, 2);
   } else if (p.element == Element::Float32) {
     for (int64_t i = 0; i < count; ++i) target[i] = wide[i * stride];
@@ -94,7 +151,8 @@ inline void copy_units(const Projection& p, const void* source, int64_t stride, 
 #if defined(NEMO_EXT_F16C)
     if (stride == 1) {
       for (; i + 8 <= count; i += 8) {
-        _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + i))));
+        _mm256_storeu_ps(target + i,
+                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + i))));
       }
     }
 #endif
@@ -106,16 +164,20 @@ inline const void* offset(const Projection& p, const void* base, int64_t element
   return static_cast<const char*>(base) + elements * (p.element == Element::Float32 ? 4 : 2);
 }
 
-int64_t panel_size(const Projection& p) { return units(p) * kWidth; }
+int64_t panel_size(const Projection& p) {
+  return units(p) * kWidth;
+}
 
 bool reads_in_place(const Projection& p) {
   if (p.hidden_strides[2] != 1) return false;
   return p.element == Element::Float32 ||
-         (in_pairs(p) && p.in_features % 2 == 0 && p.hidden_strides[1] % 2 == 0 && p.hidden_strides[0] % 2 == 0 &&
-          reinterpret_cast<uintptr_t>(p.hidden) % 4 == 0);
+         (in_pairs(p) && p.in_features % 2 == 0 && p.hidden_strides[1] % 2 == 0 &&
+          p.hidden_strides[0] % 2 == 0 && reinterpret_cast<uintptr_t>(p.hidden) % 4 == 0);
 }
 
-int64_t scratch_size(const Projection& p) { return reads_in_place(p) ? 0 : kTokens * units(p); }
+int64_t scratch_size(const Projection& p) {
+  return reads_in_place(p) ? 0 : kTokens * units(p);
+}
 
 void pack(const Projection& p, int64_t panel, float* packed) {
   constexpr int kStep = 64;  // units of a row that are moved at a time
@@ -134,14 +196,25 @@ void pack(const Projection& p, int64_t panel, float* packed) {
       copy_units(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
                  p.weight_strides[1], left < count * per_unit ? left : count * per_unit, rows[lane]);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t lane = 0; lane < kWidth; ++lane) packed[(begin + i) * kWidth + lane] = rows[lane][i];
+    float* target = packed + begin * kWidth;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      for (int half = 0; half < kWidth; half += kLanes) {
+        Vector square[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) square[lane] = load(rows[half + lane] + i);
+        swap_blocks<1>(square, AllLanes{});
+        for (int unit = 0; unit < kLanes; ++unit) store(target + (i + unit) * kWidth + half, square[unit]);
+      }
+    }
+    for (; i < count; ++i) {
+      for (int64_t lane = 0; lane < kWidth; ++lane) target[i * kWidth + lane] = rows[lane][i];
     }
   }
 }
 
 template <int Rows, bool Pairs>
-void multiply(const float* hidden, int64_t row_stride, const float* panel, int64_t steps, float (*total)[kWidth]) {
+void multiply(const float* hidden, int64_t row_stride, const float* panel, int64_t steps,
+              float (*total)[kWidth]) {
   for (int row = 0; row < Rows; ++row) {
     store(total[row], Vector{});
     store(total[row] + kLanes, Vector{});
@@ -216,7 +289,8 @@ inline void write_values(const Projection& p, int64_t first, const float* values
   }
 }
 
-void project(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end, float* scratch) {
+void project(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end,
+             float* scratch) {
   const bool in_place = reads_in_place(p);
   const int64_t per_unit = in_pairs(p) ? 2 : 1;
   for (int64_t block = 0; block < p.tokens; block += kTokens) {
@@ -244,8 +318,10 @@ void project(const Projection& p, const float* packed, int64_t prompt, int64_t b
       for (int64_t token = 0; token < tokens; token += kRows) {
         const int64_t rows = tokens - token < kRows ? tokens - token : kRows;
         float tile[kRows][kWidth], part[kWidth] = {};
-        const auto multiply_rows = in_pairs(p) ? multiply_for<NEMO_EXT_PAIRS>(rows) : multiply_for<false>(rows);
-        multiply_rows(hidden + token * row_stride, row_stride, packed + panel * panel_size(p), units(p), tile);
+        const auto multiply_rows =
+            in_pairs(p) ? multiply_for<NEMO_EXT_PAIRS>(rows) : multiply_for<false>(rows);
+        multiply_rows(hidden + token * row_stride, row_stride, packed + panel * panel_size(p), units(p),
+                      tile);
         for (int64_t row = 0; row < rows; ++row) {
           const int64_t index = prompt * p.tokens + block + token + row;
           for (int i = 0; i < kWidth; ++i) tile[row][i] += bias[i];

@@ -1,4 +1,5 @@
-// CPU kernels of the value projection: checks, packing, threads, running statistics. The arithmetic is in tile_impl.h.
+// CPU kernels of the value projection: checks, packing, threads, running statistics. The arithmetic is in
+// tile_impl.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -38,8 +39,8 @@ const Variant& variant() {
   return chosen;
 }
 
-// Memory that a thread keeps from call to call: fresh pages would cost more than a small projection does. It grows
-// to the largest weight seen, and is uninitialized.
+// Memory that a thread keeps from call to call: fresh pages would cost more than a small projection does. It
+// grows to the largest weight seen, and is uninitialized.
 struct Workspace {
   std::unique_ptr<float[]> memory;
   int64_t size = 0;
@@ -80,7 +81,8 @@ struct Operands {
   std::optional<Tensor> bias, scale, token_mask;
 };
 
-Projection describe(const Sizes& sizes, const Tensor& hidden, const Tensor& weight, const Operands& operands) {
+Projection describe(const Sizes& sizes, const Tensor& hidden, const Tensor& weight,
+                    const Operands& operands) {
   Projection p{};
   p.batch = sizes.batch;
   p.tokens = sizes.tokens;
@@ -110,7 +112,8 @@ void run(const Projection& p) {
     for (int64_t panel = begin; panel < end; ++panel) kernels.pack(p, panel, packed + panel * panel_size);
   });
 
-  // Few prompts are cut into groups of panels so that every thread gets work; how they are cut changes no result.
+  // Few prompts are cut into groups of panels so that every thread gets work; how they are cut changes no
+  // result.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = threads == 1 ? 1 : (4 * threads + p.batch - 1) / p.batch;
   const int64_t groups = wanted < panels ? wanted : panels;
@@ -123,7 +126,8 @@ void run(const Projection& p) {
   });
 }
 
-void check_on_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale) {
+void check_on_cpu(const Tensor& weight, const std::optional<Tensor>& bias,
+                  const std::optional<Tensor>& scale) {
   check_device("weight", weight, weight.is_cpu(), "the CPU");
   if (bias) check_device("bias", *bias, bias->is_cpu(), "the CPU");
   if (scale) check_device("scale", *scale, scale->is_cpu(), "the CPU");
@@ -152,10 +156,11 @@ Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::o
 void check_tokens(const Sizes& sizes, const bool* mask) {
   for (int64_t prompt = 0; prompt < sizes.batch; ++prompt) {
     bool any = !mask && sizes.tokens > 0;
-    for (int64_t token = 0; mask && token < sizes.tokens && !any; ++token) any = mask[prompt * sizes.tokens + token];
+    for (int64_t token = 0; mask && token < sizes.tokens && !any; ++token)
+      any = mask[prompt * sizes.tokens + token];
     if (!any) {
-      fail(mask ? "token_mask" : "hidden", " must leave at least one token of every prompt, got none for prompt ",
-           prompt);
+      fail(mask ? "token_mask" : "hidden",
+           " must leave at least one token of every prompt, got none for prompt ", prompt);
     }
   }
 }
@@ -163,8 +168,9 @@ void check_tokens(const Sizes& sizes, const bool* mask) {
 void check_finite(const Sizes& sizes, const float* activation) {
   for (int64_t index = 0; index < sizes.batch * sizes.out_features; ++index) {
     if (!std::isfinite(activation[index])) {
-      fail("activation must be finite to enter the running statistics, got ", activation[index], " for prompt ",
-           index / sizes.out_features, ", neuron ", index % sizes.out_features, ": count, mean and m2 are unchanged");
+      fail("activation must be finite to enter the running statistics, got ", activation[index],
+           " for prompt ", index / sizes.out_features, ", neuron ", index % sizes.out_features,
+           ": count, mean and m2 are unchanged");
     }
   }
 }
@@ -172,8 +178,9 @@ void check_finite(const Sizes& sizes, const float* activation) {
 std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Tensor& weight,
                                                   const std::optional<Tensor>& bias,
                                                   const std::optional<Tensor>& scale,
-                                                  const std::optional<Tensor>& token_mask, const Tensor& count,
-                                                  const Tensor& mean, const Tensor& m2, bool return_values) {
+                                                  const std::optional<Tensor>& token_mask,
+                                                  const Tensor& count, const Tensor& mean, const Tensor& m2,
+                                                  bool return_values) {
   const Sizes sizes = check_projection(hidden, weight, bias, scale);
   check_on_cpu(weight, bias, scale);
   if (token_mask) check_device("token_mask", *token_mask, token_mask->is_cpu(), "the CPU");
