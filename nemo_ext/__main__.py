@@ -1,0 +1,8 @@
+"""`python -m nemo_ext`: the same as the `nemo-ext` command."""
+
+import sys
+
+from nemo_ext.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
