@@ -1,0 +1,161 @@
+"""Sets of neurons: which neurons of which value layers."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from nemo_ext.atomic import replacing
+from nemo_ext.errors import NemoError
+from nemo_ext.layers import unknown_layer, value_layers
+
+
+def _network_order(layer: str) -> list[tuple[int, int, str]]:
+    # "transformer_blocks.10" comes after "transformer_blocks.9"; down < mid < up is alphabetical.
+    parts = re.split(r"(\d+)", layer)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+class NeuronSet(Mapping[str, tuple[int, ...]]):
+    """An immutable set of neurons, read as a mapping of layer name -> sorted neuron indices.
+
+    Layers come in network order (down, mid, up), and those without a neuron are left out.
+
+    `len(neurons)` is the number of *neurons*, as of any set; the number of layers is
+    `len(neurons.layers)`. `|`, `&` and `-` are the set operations.
+
+    Args:
+        neurons: layer name (the module's name inside the U-Net, for example
+            "mid_block.attentions.0.transformer_blocks.0.attn2.to_v") -> indices, each from 0 to
+            `out_features` - 1, in any order; duplicates count once.
+
+    Raises:
+        NemoError: a name that isn't text, or an index that isn't a whole number of 0 or more.
+    """
+
+    def __init__(self, neurons: Mapping[str, Sequence[int]] | None = None) -> None:
+        checked: dict[str, tuple[int, ...]] = {}
+        for layer, indices in ({} if neurons is None else neurons).items():
+            if not isinstance(layer, str):
+                raise NemoError(f"a layer name must be text, got {layer!r}")
+            for index in indices:
+                if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+                    raise NemoError(f"{layer}: a neuron index must be a whole number of 0 or more, got {index!r}")
+            if len(indices) > 0:
+                checked[layer] = tuple(sorted(set(indices)))
+        self._neurons = {layer: checked[layer] for layer in sorted(checked, key=_network_order)}
+
+    def __getitem__(self, layer: str) -> tuple[int, ...]:
+        return self._neurons[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._neurons)
+
+    def __len__(self) -> int:
+        return sum(len(indices) for indices in self._neurons.values())
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._neurons
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NeuronSet) and self._neurons == other._neurons
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._neurons.items()))
+
+    def __repr__(self) -> str:
+        return f"NeuronSet({self.to_dict()})"
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that have at least one neuron, in network order."""
+        return tuple(self._neurons)
+
+    def pairs(self) -> tuple[tuple[str, int], ...]:
+        """Every neuron as (layer name, index), in network order."""
+        return tuple((layer, i) for layer, indices in self._neurons.items() for i in indices)
+
+    def _combined(self, other: "NeuronSet", keep: Any) -> "NeuronSet":
+        layers = dict.fromkeys((*self.layers, *other.layers))
+        return NeuronSet({layer: tuple(keep(set(self.get(layer, ())), set(other.get(layer, ())))) for layer in layers})
+
+    def __or__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combined(other, set.union)
+
+    def __and__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combined(other, set.intersection)
+
+    def __sub__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._combined(other, set.difference)
+
+    def check(self, model: Any) -> None:
+        """Make sure that every neuron of the set exists in a model.
+
+        Args:
+            model: a pipeline or its U-Net.
+
+        Raises:
+            NemoError: the layer isn't a value layer of the model, or has fewer neurons.
+        """
+        self.check_layers(value_layers(model, "all"))
+
+    def check_layers(self, known: Mapping[str, nn.Linear]) -> None:
+        """`check` against layers that `value_layers` has already found."""
+        for layer, indices in self.items():
+            if layer not in known:
+                raise unknown_layer(layer, known)
+            if indices[-1] >= known[layer].out_features:
+                raise NemoError(f"{layer} has neurons 0 to {known[layer].out_features - 1}, got {indices[-1]}")
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """The set as JSON-ready lists, layers in network order."""
+        return {layer: list(indices) for layer, indices in self._neurons.items()}
+
+    @classmethod
+    def from_dict(cls, neurons: Mapping[str, Sequence[int]]) -> "NeuronSet":
+        """The set that `to_dict` wrote."""
+        if not isinstance(neurons, Mapping):
+            raise NemoError(f"neurons must be a mapping of layer name to indices, got {type(neurons).__name__}")
+        return cls(neurons)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the set to `path`, whose ending says how: .json or .safetensors (int64 indices).
+
+        Raises:
+            NemoError: another ending.
+        """
+        ending = _ending(path)
+        with replacing(path) as temporary:
+            if ending == ".json":
+                temporary.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+            else:
+                tensors = {layer: torch.tensor(indices) for layer, indices in self.items()}
+                safetensors.torch.save_file(tensors, temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "NeuronSet":
+        """Read the set that `save` wrote.
+
+        Raises:
+            NemoError: another ending, or a file that doesn't hold a set of neurons.
+        """
+        try:
+            if _ending(path) == ".json":
+                return cls.from_dict(json.loads(Path(path).read_text()))
+            tensors = safetensors.torch.load_file(path)
+            return cls({layer: indices.tolist() for layer, indices in tensors.items()})
+        except (json.JSONDecodeError, safetensors.SafetensorError, TypeError) as error:
+            raise NemoError(f"{path} does not hold a set of neurons: {error}") from error
+
+
+def _ending(path: str | os.PathLike[str]) -> str:
+    ending = Path(path).suffix
+    if ending not in (".json", ".safetensors"):
+        raise NemoError(f"{path}: a set of neurons is a .json or .safetensors file, got '{ending}'")
+    return ending

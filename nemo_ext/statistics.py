@@ -1,0 +1,325 @@
+"""How active each neuron is on ordinary prompts: running mean and std (design, section 3.2)."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nemo_ext.atomic import replacing
+from nemo_ext.errors import NemoError
+from nemo_ext.layers import ValueStack, evaluating, model_fingerprint, value_layers
+from nemo_ext.progress import ProgressLike, open_progress
+
+_FORMAT = "nemo_ext.statistics.1"
+
+
+class ActivationStatistics:
+    """Count n, mean μ and unbiased std σ of every neuron's activation a over prompts.
+
+    Built by `collect_statistics`, or empty and filled by `update`. Kept as float64 (n, μ, M2) and
+    updated by Welford and Chan: never a sum of squares.
+
+    Args:
+        widths: layer name -> number of neurons N, in network order.
+        fingerprint: `model_fingerprint` of the model that the activations come from.
+        model_name: what to call that model in messages.
+    """
+
+    def __init__(self, widths: Mapping[str, int], *, fingerprint: str = "", model_name: str = "") -> None:
+        self.widths = dict(widths)
+        self.fingerprint = fingerprint
+        self.model_name = model_name
+        neurons = sum(self.widths.values())
+        self._count = torch.zeros((), dtype=torch.float64)
+        self._mean = torch.zeros(neurons, dtype=torch.float64)
+        self._m2 = torch.zeros(neurons, dtype=torch.float64)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer names in network order."""
+        return tuple(self.widths)
+
+    @property
+    def count(self) -> int:
+        """n, the number of prompts."""
+        return int(self._count.item())
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """Layer name -> μ, [N] float64 on the CPU."""
+        return self._by_layer(self._mean)
+
+    @property
+    def std(self) -> dict[str, Tensor]:
+        """Layer name -> σ, [N] float64 on the CPU; NemoError with fewer than two prompts."""
+        if self.count < 2:
+            raise NemoError(f"a standard deviation needs two prompts or more, got {self.count}")
+        return self._by_layer((self._m2 / (self._count - 1)).sqrt())
+
+    def update(self, hidden: Tensor, stack: ValueStack) -> None:
+        """Take in the activations of B prompts: one fused call over all layers.
+
+        Args:
+            hidden: text embeddings, [B, T, K], of the stack's dtype and device.
+            stack: `ValueStack(value_layers(pipe, statistics.layers))`.
+
+        Raises:
+            NemoError: the stack has other layers, or an activation isn't finite (named by layer);
+                the statistics are then as before.
+        """
+        if stack.widths != self.widths:
+            raise NemoError(f"the statistics are of {_shape_of(self.widths)}, got weights of {_shape_of(stack.widths)}")
+        self._count, self._mean, self._m2 = (buffer.to(hidden.device) for buffer in (self._count, self._mean, self._m2))
+        stack.activations(hidden, self._count, self._mean, self._m2)
+
+    def merge(self, other: "ActivationStatistics") -> "ActivationStatistics":
+        """The statistics of both sets of prompts together, by Chan's formula; a new object.
+
+        Exact but for float64 rounding: the order of merging matters in the last digits only.
+
+        Raises:
+            NemoError: the other one is of another model or of other layers.
+        """
+        if other.widths != self.widths or other.fingerprint != self.fingerprint:
+            raise NemoError(f"only statistics of one model and the same layers merge: {self!r}, got {other!r}")
+        merged = ActivationStatistics(self.widths, fingerprint=self.fingerprint, model_name=self.model_name)
+        count = float(self.count + other.count)
+        if count > 0:
+            difference = other._mean.cpu() - self._mean.cpu()
+            merged._count.fill_(count)
+            merged._mean = self._mean.cpu() + difference * (other.count / count)
+            merged._m2 = self._m2.cpu() + other._m2.cpu() + difference.square() * (self.count * other.count / count)
+        return merged
+
+    def z_scores(self, activation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """|a − μ| / σ, the design's section 3.6.
+
+        Args:
+            activation: layer name -> a, [..., N]; some of the statistics' layers or all.
+
+        Returns:
+            Layer name -> [..., N] float64 on the CPU. Where σ is 0: 0 if a = μ, else infinity.
+
+        Raises:
+            NemoError: fewer than two prompts, or a layer that the statistics don't have.
+        """
+        mean, std = self.mean, self.std
+        scores = {}
+        for layer, values in activation.items():
+            if layer not in mean:
+                raise NemoError(f"the statistics have no layer '{layer}': {', '.join(mean)}")
+            distance = (values.detach().cpu().double() - mean[layer]).abs()
+            scores[layer] = torch.where(distance == 0, 0.0, distance / std[layer])
+        return scores
+
+    def check(self, pipe: Any) -> None:
+        """Make sure that the statistics were collected from this model.
+
+        Raises:
+            NemoError: other weights, or the same weights in another dtype.
+        """
+        actual = model_fingerprint(pipe, self.layers)
+        if actual != self.fingerprint:
+            raise NemoError(
+                f"the statistics were collected from another model or in another dtype: "
+                f"'{self.model_name}' ({self.fingerprint[:12]}…), this pipeline is "
+                f"'{name_of_model(pipe)}' ({actual[:12]}…): collect them again"
+            )
+
+    def digest(self) -> str:
+        """SHA-256 of the numbers and the model's fingerprint: tells two statistics apart."""
+        digest = hashlib.sha256(f"{self.fingerprint} {self.widths}".encode())
+        for buffer in (self._count, self._mean, self._m2):
+            digest.update(buffer.cpu().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistics as one safetensors file, at once or not at all.
+
+        Tensors "count" [], "mean" [ΣN] and "m2" [ΣN], float64; layers, widths, fingerprint and
+        model name as JSON in the metadata entry "nemo_ext".
+        """
+        # One metadata entry: safetensors writes several in no fixed order.
+        description = {
+            "format": _FORMAT,
+            "layers": list(self.widths.items()),
+            "fingerprint": self.fingerprint,
+            "model_name": self.model_name,
+        }
+        tensors = {"count": self._count.cpu(), "mean": self._mean.cpu(), "m2": self._m2.cpu()}
+        with replacing(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, {"nemo_ext": json.dumps(description, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ActivationStatistics":
+        """Read what `save` wrote.
+
+        Raises:
+            NemoError: not a file of statistics.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                description = json.loads((file.metadata() or {}).get("nemo_ext", "{}"))
+                if description.get("format") != _FORMAT:
+                    raise NemoError(
+                        f"{path} does not hold activation statistics: wanted format {_FORMAT}, "
+                        f"got {description.get('format')}"
+                    )
+                statistics = cls(
+                    dict(description["layers"]),
+                    fingerprint=description["fingerprint"],
+                    model_name=description["model_name"],
+                )
+                statistics._count = file.get_tensor("count")
+                statistics._mean = file.get_tensor("mean")
+                statistics._m2 = file.get_tensor("m2")
+        except safetensors.SafetensorError as error:
+            raise NemoError(f"{path} does not hold activation statistics: {error}") from error
+        return statistics
+
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStatistics(count={self.count}, {_shape_of(self.widths)}, "
+            f"model '{self.model_name}' {self.fingerprint[:12]})"
+        )
+
+    def _by_layer(self, values: Tensor) -> dict[str, Tensor]:
+        parts = values.cpu().split(list(self.widths.values()))
+        return {layer: part.clone() for layer, part in zip(self.widths, parts, strict=True)}
+
+
+def _shape_of(widths: Mapping[str, int]) -> str:
+    return f"{len(widths)} layers, {sum(widths.values())} neurons"
+
+
+def name_of_model(pipe: Any) -> str:
+    """What the pipeline was loaded from, for messages; empty if it wasn't loaded."""
+    return str(getattr(pipe.config, "_name_or_path", None) or "")
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list.
+
+    Raises:
+        NemoError: one text instead of several, or something that isn't text.
+    """
+    if isinstance(prompts, str):
+        raise NemoError("prompts must be a sequence of texts, got one text")
+    listed = list(prompts)
+    for place, prompt in enumerate(listed):
+        if not isinstance(prompt, str):
+            raise NemoError(f"prompt {place} must be text, got {type(prompt).__name__}")
+    return listed
+
+
+def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings e of prompts: the one place where text becomes numbers.
+
+    Padded to the tokenizer's `model_max_length`; what is longer is cut off, with a warning.
+
+    Args:
+        pipe: a pipeline with one `.tokenizer` and one `.text_encoder` (SD1, SD2).
+        prompts: B texts.
+
+    Returns:
+        [B, T, K] in the text encoder's dtype, on the U-Net's device; no gradient.
+
+    Raises:
+        NemoError: no text, something that isn't text, or a pipeline with several text encoders.
+    """
+    texts = check_prompts(prompts)
+    if not texts:
+        raise NemoError("prompts must have at least one text, got none")
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise NemoError(f"{type(pipe).__name__} has several text encoders: SD1 and SD2 have one")
+    encoded = pipe.tokenizer(
+        texts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    _warn_of_truncation(pipe.tokenizer, texts, encoded.attention_mask)
+    encoder = pipe.text_encoder
+    # As diffusers' own pipelines do: most CLIP text encoders are used without the mask.
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    with evaluating(pipe):
+        hidden: Tensor = encoder(
+            encoded.input_ids.to(encoder.device),
+            attention_mask=encoded.attention_mask.to(encoder.device) if masked else None,
+        )[0]
+    return hidden.to(pipe.unet.device)
+
+
+def _warn_of_truncation(tokenizer: Any, texts: list[str], attention_mask: Tensor) -> None:
+    # Only a row without padding can have been cut: most prompts are tokenized once.
+    full = [text for text, row in zip(texts, attention_mask, strict=True) if row.all()]
+    cut = [text for text in full if len(tokenizer(text).input_ids) > attention_mask.shape[1]]
+    if cut:
+        others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        warnings.warn(f"cut to {attention_mask.shape[1]} tokens: '{cut[0]}'{others}", stacklevel=3)
+
+
+def prompt_activations(
+    pipe: Any, prompts: Sequence[str], layers: str | Sequence[str] = "down+mid"
+) -> dict[str, Tensor]:
+    """a = mean over tokens of abs(e Wᵀ + bias) of every neuron on every prompt (section 3.1).
+
+    Args:
+        pipe: a pipeline, patched or not: what is switched off changes nothing here.
+        prompts: B texts, encoded in one batch.
+        layers: as for `value_layers`.
+
+    Returns:
+        Layer name -> [B, N] float32.
+    """
+    stack = ValueStack(value_layers(pipe, layers))
+    return stack.split(stack.activations(encode_prompts(pipe, prompts)))
+
+
+def collect_statistics(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    layers: str | Sequence[str] = "down+mid",
+    progress: ProgressLike = None,
+) -> ActivationStatistics:
+    """μ and σ of every neuron's activation over hold-out prompts (section 3.2; the paper: 50,000).
+
+    Text alone decides: no U-Net call. The same prompts in the same batches give the same bits.
+
+    Args:
+        pipe: a pipeline, patched or not.
+        prompts: two texts or more, ordinary ones.
+        batch_size: prompts in one call; changes the result by rounding only.
+        layers: as for `value_layers`.
+        progress: see `nemo_ext.progress`.
+
+    Raises:
+        NemoError: fewer than two prompts, or activations that aren't finite.
+    """
+    texts = check_prompts(prompts)
+    if len(texts) < 2:
+        raise NemoError(f"a standard deviation needs two prompts or more, got {len(texts)}")
+    if batch_size < 1:
+        raise NemoError(f"batch_size must be 1 or more, got {batch_size}")
+    stack = ValueStack(value_layers(pipe, layers))
+    statistics = ActivationStatistics(
+        stack.widths,
+        fingerprint=model_fingerprint(pipe, tuple(stack.widths)),
+        model_name=name_of_model(pipe),
+    )
+    with open_progress(progress) as bars, bars.task("statistics", len(texts)) as advance:
+        for start in range(0, len(texts), batch_size):
+            batch = texts[start : start + batch_size]
+            statistics.update(encode_prompts(pipe, batch), stack)
+            advance(len(batch))
+    return statistics
