@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -156,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as request:
         return request.code if isinstance(request.code, int) else 0
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            _tell_own_warnings(args)
+            args.run(args)
     except KeyboardInterrupt:
         _complain(args, args.when_stopped.format(**vars(args)))
         return 130
@@ -168,15 +171,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if args.debug:
             raise
-        _complain(args, f"{error.filename or 'a file'}: {error.strerror or error}")
+        _complain(args, f"{error.filename}: {error.strerror}" if error.filename else str(error))
         return 1
     except Exception as error:
         if args.debug:
             raise
         reason = str(error) or "no message"
-        _complain(args, f"{type(error).__name__}: {reason}; run again with --debug for the traceback")
+        _complain(
+            args, f"{type(error).__name__}: {reason}; run again with --debug for the traceback"
+        )
         return 1
     return 0
+
+
+def _tell_own_warnings(args: argparse.Namespace) -> None:
+    """Show the package's own warnings as sentences, and no other library's."""
+
+    def show(message: Warning | str, *_: object) -> None:
+        _complain(args, f"warning: {message}")
+
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", category=UserWarning, module="nemo_ext")
+    warnings.showwarning = show
 
 
 def _complain(args: argparse.Namespace, message: str) -> None:
@@ -271,9 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "images with neurons off, beside before", GENERATE)
     _add_model(generate)
     generate.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="the prompt")
-    generate.add_argument(
-        "--neurons", type=Path, metavar="FILE", help="the neurons to switch off"
-    )
+    generate.add_argument("--neurons", type=Path, metavar="FILE", help="the neurons to switch off")
     generate.add_argument(
         "--seeds", type=_whole(1), default=4, metavar="N", help="images per row (default: 4)"
     )
@@ -448,11 +462,11 @@ def _stats(args: argparse.Namespace) -> None:
     pipe = _load(args)
     from nemo_ext.statistics import collect_statistics
 
-    statistics = collect_statistics(
-        pipe, prompts, batch_size=args.batch_size, layers=args.layers
-    )
+    statistics = collect_statistics(pipe, prompts, batch_size=args.batch_size, layers=args.layers)
     statistics.save(out)
-    table = _table(f"Activation over {statistics.count} captions", "layer", "neurons", "mean", "std")
+    table = _table(
+        f"Activation over {statistics.count} captions", "layer", "neurons", "mean", "std"
+    )
     for layer, mean in statistics.mean.items():
         std = statistics.std[layer]
         table.add_row(layer, str(mean.numel()), f"{mean.mean():.4f}", f"{std.mean():.4f}")
@@ -501,7 +515,17 @@ def _localize(args: argparse.Namespace) -> None:
     threshold = args.threshold
     if isinstance(threshold, Path):
         threshold = Threshold.load(threshold)
+        if not 0 < threshold.value < 1:
+            raise NemoError(
+                f"the threshold in {args.threshold} is {threshold.value}, not between 0 and 1: compute it again"
+            )
     statistics = ActivationStatistics.load(args.statistics)
+    if not all(
+        bool(std.isfinite().all()) for std in (*statistics.mean.values(), *statistics.std.values())
+    ):
+        raise NemoError(
+            f"the statistics in {args.statistics} hold NaN or infinity: collect them again"
+        )
     localizer = Localizer(
         _load(args),
         statistics=statistics,
@@ -516,7 +540,8 @@ def _localize(args: argparse.Namespace) -> None:
     written = _write_neurons(out, results)
     _show(
         _results_table(results),
-        f"Written: {out / 'results.jsonl'}" + (f" and {written} files in {out / 'neurons'}" if written else ""),
+        f"Written: {out / 'results.jsonl'}"
+        + (f" and {written} files in {out / 'neurons'}" if written else ""),
     )
 
 
@@ -601,7 +626,9 @@ def _images(pipe: StableDiffusionPipeline, args: argparse.Namespace, seeds: rang
             output_type="np",
         ).images
         if not numpy.isfinite(made).all():
-            raise NemoError("the images hold NaN: the model overflows in this precision, use --dtype float32")
+            raise NemoError(
+                "the images hold NaN: the model overflows in this precision, use --dtype float32"
+            )
         images += pipe.image_processor.numpy_to_pil(made)
     return images
 
@@ -691,12 +718,23 @@ def _write_neurons(out: Path, results: Sequence[Localization]) -> int:
 
 
 def _results_table(results: Sequence[Localization]) -> Table:
+    from nemo_ext.files import prompt_name
+
     table = _table(
-        "Results", "#", "prompt", "memorized", "before", "after", "τ", "neurons", "U-Net samples", "seconds"
+        "Results",
+        "name",
+        "prompt",
+        "memorized",
+        "before",
+        "after",
+        "τ",
+        "neurons",
+        "U-Net samples",
+        "seconds",
     )
     for index, found in enumerate(results):
         table.add_row(
-            str(index),
+            prompt_name(index, found.prompt),
             _plain(found.prompt),
             "yes" if found.memorized else "no",
             f"{found.score_before:.3f}",
@@ -716,7 +754,16 @@ def _table(title: str, *columns: str) -> Table:
 
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
-        words = column in ("prompt", "layer", "memorized", "files", "images", "what", "value")
+        words = column in (
+            "name",
+            "prompt",
+            "layer",
+            "memorized",
+            "files",
+            "images",
+            "what",
+            "value",
+        )
         table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 

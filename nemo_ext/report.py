@@ -13,19 +13,19 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
 from nemo_ext.files import prompt_name
-from nemo_ext.localizer import Localization
 from nemo_ext.neurons import NeuronSet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+    from nemo_ext.localizer import Localization
 
 #: Longest side, in pixels, of an image in the report: a strip is looked at, the files beside it are the record.
 THUMBNAIL_SIZE = 256
@@ -54,7 +54,9 @@ class PromptImages:
     after: Mapping[int, Path | Image] = field(default_factory=dict)
 
 
-def find_images(folder: str | Path, localizations: Sequence[Localization]) -> dict[int, PromptImages]:
+def find_images(
+    folder: str | Path, localizations: Sequence[Localization]
+) -> dict[int, PromptImages]:
     """Find the images that lie beside results.
 
     They are looked for in `folder/images/<prompt_name>/`, as `original.png`, `before-<seed>.png` and
@@ -115,7 +117,7 @@ def write_report(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = resources.files("nemo_ext").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     memorized = [found for found in localizations if found.memorized]
     union = _union(memorized)
     page = environment.from_string(template).render(
@@ -171,6 +173,7 @@ def _section(index: int, found: Localization, images: PromptImages | None) -> di
     return {
         "number": index + 1,
         "anchor": f"prompt-{index + 1}",
+        "name": prompt_name(index, found.prompt),
         "found": found,
         "silenced": _is_silenced(found),
         "neurons": [
@@ -212,9 +215,7 @@ def _score_plot(localizations: Sequence[Localization]) -> dict[str, str]:
         color=_THRESHOLD,
         linewidth=1,
     )
-    axes.plot(
-        places, [f.score_before for f in localizations], "o", color=_BEFORE, label="before"
-    )
+    axes.plot(places, [f.score_before for f in localizations], "o", color=_BEFORE, label="before")
     axes.plot(
         [place for place, _, _ in searched],
         [after for _, _, after in searched],

@@ -1,0 +1,471 @@
+"""The `nemo-ext` command: the whole way through real processes, and what it says about bad input."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image
+
+from nemo_ext.cli import main
+from nemo_ext.files import prompt_name
+from nemo_ext.localizer import read_results
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.scoring import Protocol, Threshold
+from nemo_ext.statistics import ActivationStatistics
+from tiny_pipeline import tiny_pipeline
+
+SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "report", "demo", "info")
+PROMPTS = ("a red cat", "a blue dog", "a green bird", "two small boats")
+
+
+def nemo_ext(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does: in a process of its own."""
+    return subprocess.run(
+        command_line(*arguments), text=True, capture_output=True, check=False, timeout=300
+    )
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "nemo_ext", *map(str, arguments)]
+
+
+def assert_one_sentence(errors: str, *parts: str) -> None:
+    """What a user sees on stderr: one line, no traceback, the named things in it."""
+    assert errors.count("\n") == 1, errors
+    assert errors.startswith("nemo-ext")
+    assert "Traceback" not in errors
+    for part in parts:
+        assert part in errors
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline with random weights, saved as diffusers saves it."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of prompts as a user's editor leaves it: a byte order mark, blank lines, Windows line ends."""
+    file = tmp_path_factory.mktemp("captions") / "captions.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(PROMPTS).encode() + b"\r\n\r\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def statistics(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the tiny pipeline, by the command itself."""
+    out = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
+    done = nemo_ext("stats", "--model", model, "--prompts", captions, "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(
+    model: Path, captions: Path, statistics: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Results of a search. With a threshold close to 0 every prompt counts as memorized."""
+    out = tmp_path_factory.mktemp("work") / "results"
+    done = nemo_ext(
+        *("localize", "--model", model, "--prompts", captions, "--statistics", statistics),
+        *("--threshold", 0.01, "--seeds", 3, "--out", out),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return out
+
+
+class TestHelp:
+    def test_the_top_level_shows_the_order_of_work(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["--help"]) == 0
+        shown = capsys.readouterr().out
+        places = [shown.index(f"nemo-ext {step}") for step in SUBCOMMANDS[:5]]
+        assert places == sorted(places)
+
+    @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+    def test_each_subcommand_gives_an_example(
+        self, subcommand: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([subcommand, "--help"]) == 0
+        assert f"example:\n  nemo-ext {subcommand}" in capsys.readouterr().out
+
+    def test_help_waits_for_no_heavy_import(self) -> None:
+        program = (
+            "import sys; from nemo_ext.cli import main; main(['localize', '--help']);"
+            "sys.exit(str({'torch', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], text=True, capture_output=True, check=False
+        )
+        assert done.stderr == "set()\n"
+
+
+class TestWrongUsage:
+    """Exit code 2, before anything is loaded."""
+
+    LOCALIZE = ("localize", "--model=m", "--prompt=p", "--statistics=s", "--out=o")
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ((), "COMMAND"),
+            (("localise",), "localise"),
+            (("stats", "--model=m", "--prompts=p"), "--out"),
+            (("threshold", "--model=m", "--prompts=p", "--out=o", "--seeds=1"), "of 2 or more"),
+            (("stats", "--model=m", "--prompts=p", "--out=o", "--batch-size=0"), "of 1 or more"),
+            (("stats", "--model=m", "--prompts=p", "--out=o", "--device=tpu"), "cpu, cuda"),
+            ((*LOCALIZE, "--threshold=high"), "neither a number nor a file"),
+            ((*LOCALIZE, "--threshold=nan"), "between 0 and 1"),
+            ((*LOCALIZE, "--threshold=.4", "--prompts=f"), "not allowed with"),
+            ((*LOCALIZE, "--threshold=.4", "--search=fast"), "fast"),
+            (("generate", "--model=m", "--prompt= ", "--out=o"), "empty"),
+            (("generate", "--model=m", "--prompt=p", "--out=o", "--guidance=nan"), "--guidance"),
+        ],
+    )
+    def test_is_said_in_one_sentence(
+        self, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(arguments) == 2
+        assert_one_sentence(capsys.readouterr().err, said, "--help")
+
+
+class TestTheWholeWay:
+    def test_statistics_count_every_caption(self, statistics: Path) -> None:
+        assert ActivationStatistics.load(statistics).count == len(PROMPTS)
+
+    def test_threshold_is_a_number_with_its_scores(
+        self, model: Path, captions: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "threshold.json"
+        done = nemo_ext(
+            *("threshold", "--model", model, "--prompts", captions, "--seeds", 3, "--out", out)
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        threshold = Threshold.load(out)
+        assert len(threshold.scores) == len(PROMPTS)
+        assert 0 < threshold.value < 1
+
+    def test_localize_writes_one_object_per_prompt(self, results: Path) -> None:
+        lines = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
+        assert [line["prompt"] for line in lines] == list(PROMPTS)
+        for field in (
+            *("memorized", "score_before", "score_after", "initial_neurons", "neurons"),
+            *("unet_samples", "seconds", "certificate", "protocol"),
+        ):
+            assert all(field in line for line in lines)
+
+    def test_localize_writes_the_neurons_of_each_memorized_prompt(self, results: Path) -> None:
+        for index, found in enumerate(read_results(results)):
+            assert found.memorized
+            file = results / "neurons" / f"{prompt_name(index, found.prompt)}.json"
+            assert NeuronSet.load(file) == found.neurons
+
+    def test_images_before_and_after_differ(self, model: Path, results: Path) -> None:
+        name = prompt_name(0, PROMPTS[0])
+        neurons = results / "neurons" / f"{name}.json"
+        out = results / "images" / name
+        done = nemo_ext(
+            *("generate", "--model", model, "--prompt", PROMPTS[0], "--neurons", neurons),
+            *("--seeds", 2, "--first-seed", 5, "--steps", 2, "--out", out),
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert {file.name for file in out.iterdir()} == {
+            *("before-5.png", "before-6.png", "after-5.png", "after-6.png"),
+            *("contact-sheet.png", "generation.json"),
+        }
+        with Image.open(out / "before-5.png") as before, Image.open(out / "after-5.png") as after:
+            assert before.tobytes() != after.tobytes()
+        description = json.loads((out / "generation.json").read_text())
+        assert description["seeds"] == [5, 6]
+        assert description["neurons"] == NeuronSet.load(neurons).to_dict()
+
+    def test_report_shows_every_prompt(self, results: Path, tmp_path: Path) -> None:
+        out = tmp_path / "report.html"
+        done = nemo_ext("report", "--results", results, "--out", out)
+        assert (done.returncode, done.stderr) == (0, "")
+        page = out.read_text(encoding="utf-8")
+        assert all(prompt in page for prompt in PROMPTS)
+
+
+class TestGoingOn:
+    def test_ctrl_c_says_how_to_go_on_and_the_next_run_keeps_what_is_done(
+        self, model: Path, statistics: Path, tmp_path: Path
+    ) -> None:
+        prompts, out = tmp_path / "prompts.txt", tmp_path / "results"
+        prompts.write_text("\n".join(f"prompt number {number}" for number in range(200)))
+        arguments = (
+            *("localize", "--model", model, "--statistics", statistics, "--threshold", 0.01),
+            *("--seeds", 3, "--out", out, "--prompts", prompts),
+        )
+        process = subprocess.Popen(
+            command_line(*arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 120
+        while not (out / "results.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert_one_sentence(errors, str(out), "again")
+        done = (out / "results.jsonl").read_text().splitlines()
+        assert 1 <= len(done) < 200
+
+        prompts.write_text("\n".join(f"prompt number {number}" for number in range(len(done) + 1)))
+        assert main([*map(str, arguments)]) == 0
+        lines = (out / "results.jsonl").read_text().splitlines()
+        assert lines[:-1] == done
+        assert len(list((out / "neurons").iterdir())) == len(lines)
+
+    def test_results_of_other_settings_are_not_mixed(
+        self,
+        model: Path,
+        statistics: Path,
+        results: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        before = (results / "results.jsonl").read_bytes()
+        code = main(
+            [
+                *(
+                    "localize",
+                    "--model",
+                    str(model),
+                    "--prompt",
+                    "a new one",
+                    "--out",
+                    str(results),
+                ),
+                *("--statistics", str(statistics), "--threshold", "0.02", "--seeds", "3"),
+            ]
+        )
+        assert code == 1
+        assert_one_sentence(capsys.readouterr().err, str(results))
+        assert (results / "results.jsonl").read_bytes() == before
+
+
+class TestBadInput:
+    """Exit code 1, one sentence on stderr, and nothing written."""
+
+    @pytest.fixture
+    def failing(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., None]:
+        """Run a command line that must fail; `--out` is added and must not appear."""
+
+        def run(*arguments: object, out: str = "out", says: tuple[str, ...]) -> None:
+            written = tmp_path / "written"
+            written.mkdir()
+            code = main([*map(str, arguments), "--out", str(written / out)])
+            assert code == 1
+            assert_one_sentence(capsys.readouterr().err, *says)
+            assert list(written.rglob("*")) == []
+
+        return run
+
+    def test_missing_model(self, failing: Callable[..., None], captions: Path) -> None:
+        failing(
+            *("stats", "--model", "no/such/folder", "--prompts", captions),
+            out="s.safetensors",
+            says=("no/such/folder", "doesn't exist"),
+        )
+
+    def test_a_folder_that_is_no_pipeline(
+        self, failing: Callable[..., None], captions: Path, tmp_path: Path
+    ) -> None:
+        failing(
+            *("threshold", "--model", tmp_path, "--prompts", captions),
+            out="t.json",
+            says=("model_index.json",),
+        )
+
+    def test_another_kind_of_pipeline(
+        self, failing: Callable[..., None], captions: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+        failing(
+            *("stats", "--model", tmp_path, "--prompts", captions),
+            out="s.safetensors",
+            says=("FluxPipeline", "StableDiffusionPipeline"),
+        )
+
+    def test_weights_that_are_pickles(
+        self, failing: Callable[..., None], model: Path, captions: Path, tmp_path: Path
+    ) -> None:
+        copy = shutil.copytree(model, tmp_path / "copy")
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".bin"))
+        failing(
+            *("stats", "--model", copy, "--prompts", captions),
+            out="s.safetensors",
+            says=("only safetensors are read", "unet"),
+        )
+
+    def test_damaged_weights(
+        self, failing: Callable[..., None], model: Path, captions: Path, tmp_path: Path
+    ) -> None:
+        copy = shutil.copytree(model, tmp_path / "copy")
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        failing(
+            *("stats", "--model", copy, "--prompts", captions),
+            out="s.safetensors",
+            says=(str(copy), "can't be loaded"),
+        )
+
+    def test_nan_in_weights(
+        self, failing: Callable[..., None], model: Path, captions: Path, tmp_path: Path
+    ) -> None:
+        copy = shutil.copytree(model, tmp_path / "copy")
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = safetensors.torch.load_file(weights)
+        tensors["conv_in.weight"][0] = torch.nan
+        safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+        failing(
+            *("stats", "--model", copy, "--prompts", captions),
+            out="s.safetensors",
+            says=("conv_in.weight", "NaN"),
+        )
+
+    def test_nan_in_statistics(
+        self, failing: Callable[..., None], model: Path, statistics: Path, tmp_path: Path
+    ) -> None:
+        damaged = tmp_path / "damaged.safetensors"
+        with safetensors.safe_open(statistics, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors["mean"][0] = torch.nan
+            safetensors.torch.save_file(tensors, damaged, file.metadata())
+        failing(
+            *("localize", "--model", model, "--prompt", "p", "--threshold", 0.4),
+            *("--statistics", damaged),
+            says=(str(damaged), "NaN"),
+        )
+
+    def test_statistics_of_another_model(
+        self, failing: Callable[..., None], model: Path, statistics: Path, tmp_path: Path
+    ) -> None:
+        copy = shutil.copytree(model, tmp_path / "copy")
+        weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = safetensors.torch.load_file(weights)
+        for name in tensors:
+            if name.endswith("attn2.to_v.weight"):
+                tensors[name] += 1
+        safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+        failing(
+            *("localize", "--model", copy, "--prompt", "p", "--threshold", 0.4),
+            *("--statistics", statistics),
+            says=("another model", "collect them again"),
+        )
+
+    def test_nan_in_a_threshold_file(
+        self, failing: Callable[..., None], model: Path, statistics: Path, tmp_path: Path
+    ) -> None:
+        damaged = tmp_path / "threshold.json"
+        Threshold(
+            value=float("nan"),
+            mean=0.3,
+            std=0.1,
+            scores=(0.2, 0.4),
+            seeds=3,
+            protocol=Protocol.paper(),
+            fingerprint="",
+            model_name="",
+        ).save(damaged)
+        failing(
+            *("localize", "--model", model, "--prompt", "p", "--threshold", damaged),
+            *("--statistics", statistics),
+            says=(str(damaged), "nan"),
+        )
+
+    def test_unknown_layer(self, failing: Callable[..., None], model: Path, captions: Path) -> None:
+        failing(
+            *("stats", "--model", model, "--prompts", captions, "--layers", "mid_block.to_v"),
+            out="s.safetensors",
+            says=("mid_block.to_v",),
+        )
+
+    def test_neurons_of_another_model(
+        self, failing: Callable[..., None], model: Path, tmp_path: Path
+    ) -> None:
+        neurons = tmp_path / "neurons.json"
+        NeuronSet({"no.such.layer": [1]}).save(neurons)
+        failing(
+            *("generate", "--model", model, "--prompt", "p", "--neurons", neurons),
+            says=("no.such.layer",),
+        )
+
+    @pytest.mark.parametrize(
+        ("content", "said"), [(b" \n\n", "empty"), (b"caf\xe9", "UTF-8"), (None, "doesn't exist")]
+    )
+    def test_prompt_files(
+        self,
+        failing: Callable[..., None],
+        content: bytes | None,
+        said: str,
+        model: Path,
+        tmp_path: Path,
+    ) -> None:
+        prompts = tmp_path / "prompts.txt"
+        if content is not None:
+            prompts.write_bytes(content)
+        failing(
+            *("stats", "--model", model, "--prompts", prompts),
+            out="s.safetensors",
+            says=(str(prompts), said),
+        )
+
+    def test_one_caption_has_no_standard_deviation(
+        self, failing: Callable[..., None], model: Path, tmp_path: Path
+    ) -> None:
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("only one")
+        failing(
+            *("stats", "--model", model, "--prompts", prompts), out="s.safetensors", says=("two",)
+        )
+
+    def test_missing_results(self, failing: Callable[..., None], tmp_path: Path) -> None:
+        failing("report", "--results", tmp_path, out="r.html", says=("results.jsonl",))
+
+    def test_damaged_results(self, failing: Callable[..., None], tmp_path: Path) -> None:
+        (tmp_path / "results.jsonl").write_text('{"prompt": "cut off')
+        failing("report", "--results", tmp_path, out="r.html", says=("results.jsonl",))
+
+    def test_a_place_that_cannot_be_written(
+        self, model: Path, captions: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = captions / "inside-a-file" / "stats.safetensors"
+        code = main(["stats", "--model", str(model), "--prompts", str(captions), "--out", str(out)])
+        assert code == 1
+        assert_one_sentence(capsys.readouterr().err, str(captions), "can't be written")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+    def test_a_device_that_is_not_there(
+        self, failing: Callable[..., None], model: Path, captions: Path
+    ) -> None:
+        failing(
+            *("stats", "--model", model, "--prompts", captions, "--device", "cuda"),
+            out="s.safetensors",
+            says=("cuda", "--device cpu"),
+        )
+
+    def test_control_characters_do_not_reach_the_terminal(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ("--results", "x\x1b[31mred", "--out", "report.html")
+        assert main(["report", *arguments]) == 1
+        assert "\x1b" not in capsys.readouterr().err
+
+    def test_debug_gives_the_traceback(self) -> None:
+        done = nemo_ext("report", "--results", "nowhere", "--out", "report.html", "--debug")
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
