@@ -148,4 +148,4 @@ def _patch_layer(module: nn.Linear, scale: Tensor) -> None:
 
 def _unpatch_layer(module: ValueProjection) -> None:
     del module.neuron_scale
-    module.__class__ = nn.Linear
+    module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -137,7 +137,7 @@ class ActivationStatistics:
         """SHA-256 of the numbers and the model's fingerprint: tells two statistics apart."""
         digest = hashlib.sha256(f"{self.fingerprint} {self.widths}".encode())
         for buffer in (self._count, self._mean, self._m2):
-            digest.update(buffer.cpu().flatten().view(torch.uint8).numpy())
+            digest.update(buffer.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:

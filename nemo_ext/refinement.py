@@ -1,0 +1,137 @@
+"""Refinement: the candidates without which the image would come back, and the proof (design, 3.7)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.scoring import Probe
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is left of the candidates.
+
+    Attributes:
+        neurons: the neurons that have to be off.
+        remaining: remaining memorization with them off.
+    """
+
+    neurons: NeuronSet
+    remaining: float
+
+
+@dataclass(frozen=True)
+class NeuronScore:
+    """Remaining memorization with one neuron of a set on again.
+
+    Attributes:
+        layer, index: the neuron.
+        score: highest similarity over kept seeds, with all others of the set off.
+    """
+
+    layer: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a set of neurons does and whether each of them is needed, measured anew.
+
+    Attributes:
+        threshold: the τ that it was searched for.
+        score: remaining memorization with the set off.
+        each_on: for every neuron of the set, the score with that one on again.
+        below_threshold: whether `score` is not above τ.
+        minimal: whether every neuron is needed, no `each_on` below τ (1-minimality). The exhaustive
+            search does not promise it: a neuron kept early can become needless through later ones.
+    """
+
+    threshold: float
+    score: float
+    each_on: tuple[NeuronScore, ...]
+    below_threshold: bool
+    minimal: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {**asdict(self), "each_on": [asdict(row) for row in self.each_on]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Certificate":
+        """The certificate that `to_dict` wrote."""
+        return cls(**{**values, "each_on": tuple(NeuronScore(**row) for row in values["each_on"])})
+
+
+def refine_exhaustive(
+    candidates: Mapping[str, Sequence[int]],
+    probe: Probe,
+    threshold: float,
+    *,
+    on_trial: Callable[[], None] | None = None,
+) -> Refinement:
+    """Switch candidates on again, layer by layer, then one by one, as far as τ allows (section 3.7).
+
+    Layers deepest first: a whole layer's candidates come on; if the remaining memorization stays
+    below τ they were not needed. Then, in the layers left, deepest first, the same for each
+    neuron in the order given. At most one trial for each layer and one for each candidate. This is
+    the paper's search, the reference for faster ones; deterministic.
+
+    Args:
+        candidates: layer name -> indices, layers in network order (a `NeuronSet` is). Of an index
+            that stands twice one is switched on at a time, so that the neuron stays off once more.
+        probe: tells the remaining memorization.
+        threshold: τ; what keeps a neuron on is less than τ, not equal.
+        on_trial: called after every trial.
+
+    Returns:
+        The neurons left.
+    """
+    off = {layer: list(indices) for layer, indices in candidates.items() if indices}
+
+    def tolerated(trial: Mapping[str, list[int]]) -> bool:
+        remaining = probe.remaining(NeuronSet(trial))
+        if on_trial is not None:
+            on_trial()
+        return remaining < threshold
+
+    for layer in reversed(list(off)):
+        trial = {other: indices for other, indices in off.items() if other != layer}
+        if tolerated(trial):
+            off = trial
+    for layer in reversed(list(off)):
+        for index in list(off[layer]):
+            fewer = list(off[layer])
+            fewer.remove(index)
+            if tolerated({**off, layer: fewer}):
+                off[layer] = fewer
+    neurons = NeuronSet(off)
+    return Refinement(neurons, probe.remaining(neurons))
+
+
+def certify(
+    neurons: NeuronSet, probe: Probe, threshold: float, *, on_trial: Callable[[], None] | None = None
+) -> Certificate:
+    """Measure a set of neurons: with all off, and with each one on again (section 4).
+
+    Args:
+        neurons: the set; an empty one is minimal and, with a score of 1, not below τ.
+        probe: tells the remaining memorization; one call for the set and one for each neuron.
+        threshold: τ.
+        on_trial: called after every neuron.
+    """
+    score = probe.remaining(neurons)
+    each_on = []
+    for layer, index in neurons.pairs():
+        without = neurons - NeuronSet({layer: (index,)})
+        each_on.append(NeuronScore(layer, index, probe.remaining(without)))
+        if on_trial is not None:
+            on_trial()
+    return Certificate(
+        threshold=threshold,
+        score=score,
+        each_on=tuple(each_on),
+        below_threshold=score <= threshold,
+        minimal=all(row.score >= threshold for row in each_on),
+    )
