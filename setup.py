@@ -7,6 +7,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,14 +39,14 @@ class BuildWithFacts(BuildExtension):
     """Says what to install where there is no compiler, and tells `_module` how it was built."""
 
     def build_extensions(self) -> None:
-        compiler = os.environ.get("CXX", "c++").split()[-1]
-        if shutil.which(compiler) is None:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        if shutil.which(compiler[0]) is None:
             sys.exit(
-                f"nemo_ext needs a C++20 compiler to build, and {compiler!r} was not found: install one "
+                f"nemo_ext needs a C++20 compiler to build, and {compiler[0]!r} was not found: install one "
                 "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; conda: conda install gxx), "
                 "or set CXX to its name."
             )
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
         facts = {
             "VERSION": self.distribution.get_version(),
             "COMPILER": version.splitlines()[0],

@@ -1,6 +1,7 @@
 // Argument checks whose messages name the argument, what was wanted, and what came.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -52,10 +53,14 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
-// `device_name` is of the kernel that runs, so that one tensor left on another device is named.
-inline void check_device(const char* name, const Tensor& tensor, bool on_device, const char* device_name) {
-  if (!on_device) {
-    fail(name, " must be on ", device_name, " like hidden, got a tensor on another device");
+inline std::string name_of(torch::stable::Device device) {
+  const char* type = device.is_cpu() ? "cpu" : device.is_cuda() ? "cuda" : "another device";
+  return device.is_cuda() ? std::string(type) + ":" + std::to_string(device.index()) : type;
+}
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& hidden) {
+  if (tensor.device() != hidden.device()) {
+    fail(name, " must be on ", name_of(hidden.device()), " like hidden, got ", name_of(tensor.device()));
   }
 }
 
@@ -83,7 +88,9 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wante
 inline void check_dtype_or_float(const char* name, const Tensor& tensor, ScalarType wanted) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != wanted && dtype != ScalarType::Float) {
-    fail(name, " must be ", name_of(wanted), " like hidden, or float32, got ", name_of(tensor.scalar_type()));
+    const std::string like_hidden =
+        wanted == ScalarType::Float ? "" : std::string(" or ") + name_of(wanted) + " like hidden";
+    fail(name, " must be float32", like_hidden, ", got ", name_of(dtype));
   }
 }
 
@@ -104,10 +111,12 @@ inline Sizes check_projection(const Tensor& hidden, const Tensor& weight, const 
          shape_of(weight));
   }
   check_dtype("weight", weight, dtype);
+  check_device("weight", weight, hidden);
   const Sizes sizes{hidden.size(0), hidden.size(1), hidden.size(2), weight.size(0)};
   if (bias) {
     check_shape("bias", *bias, {sizes.out_features}, "[out_features]");
     check_dtype_or_float("bias", *bias, dtype);
+    check_device("bias", *bias, hidden);
   }
   if (scale) {
     if (scale->dim() == 1) {
@@ -117,15 +126,18 @@ inline Sizes check_projection(const Tensor& hidden, const Tensor& weight, const 
                   "[out_features] or [batch, out_features]");
     }
     check_dtype_or_float("scale", *scale, dtype);
+    check_device("scale", *scale, hidden);
   }
   return sizes;
 }
 
-inline void check_statistics(const Sizes& sizes, const std::optional<Tensor>& token_mask, const Tensor& count,
-                             const Tensor& mean, const Tensor& m2) {
+inline void check_statistics(const Sizes& sizes, const Tensor& hidden,
+                             const std::optional<Tensor>& token_mask, const Tensor& count, const Tensor& mean,
+                             const Tensor& m2) {
   if (token_mask) {
     check_shape("token_mask", *token_mask, {sizes.batch, sizes.tokens}, "[batch, tokens]");
     check_dtype("token_mask", *token_mask, ScalarType::Bool);
+    check_device("token_mask", *token_mask, hidden);
   }
   check_shape("count", count, {}, "[]");
   check_shape("mean", mean, {sizes.out_features}, "[out_features]");
@@ -136,6 +148,7 @@ inline void check_statistics(const Sizes& sizes, const std::optional<Tensor>& to
   } buffers[] = {{"count", count}, {"mean", mean}, {"m2", m2}};
   for (const auto& buffer : buffers) {
     check_dtype(buffer.name, buffer.tensor, ScalarType::Double);
+    check_device(buffer.name, buffer.tensor, hidden);
     if (!buffer.tensor.is_contiguous()) {
       fail(buffer.name, " must be contiguous because it is updated in place, got stride ",
            buffer.tensor.stride(0));

@@ -121,8 +121,18 @@ def value_projection_stats(
     return (values if return_values else None), activation
 
 
+def _check_devices(**tensors: Tensor | None) -> None:
+    """Where one tensor is on `meta` the fakes run instead of the kernels, which check all else."""
+    hidden = tensors["hidden"]
+    assert hidden is not None
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise RuntimeError(f"{name} must be on {hidden.device} like hidden, got {tensor.device}")
+
+
 @torch.library.register_fake("nemo_ext::value_projection")
 def _value_projection_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    _check_devices(hidden=hidden, weight=weight, bias=bias, scale=scale)
     return hidden.new_empty(hidden.shape[0], hidden.shape[1], weight.shape[0])
 
 
@@ -138,6 +148,9 @@ def _value_projection_stats_fake(
     m2: Tensor,
     return_values: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(
+        hidden=hidden, weight=weight, bias=bias, scale=scale, token_mask=token_mask, count=count, mean=mean, m2=m2
+    )
     batch, tokens, _ = hidden.shape
     values = hidden.new_empty(batch, tokens, weight.shape[0]) if return_values else hidden.new_empty(0)
     return values, hidden.new_empty(batch, weight.shape[0], dtype=torch.float32)

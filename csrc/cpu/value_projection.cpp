@@ -126,13 +126,6 @@ void run(const Projection& p) {
   });
 }
 
-void check_on_cpu(const Tensor& weight, const std::optional<Tensor>& bias,
-                  const std::optional<Tensor>& scale) {
-  check_device("weight", weight, weight.is_cpu(), "the CPU");
-  if (bias) check_device("bias", *bias, bias->is_cpu(), "the CPU");
-  if (scale) check_device("scale", *scale, scale->is_cpu(), "the CPU");
-}
-
 Operands operands_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& scale) {
   Operands operands;
   if (bias) operands.bias = contiguous_as(*bias, ScalarType::Float);
@@ -143,7 +136,6 @@ Operands operands_of(const std::optional<Tensor>& bias, const std::optional<Tens
 Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& scale) {
   const Sizes sizes = check_projection(hidden, weight, bias, scale);
-  check_on_cpu(weight, bias, scale);
   const Operands operands = operands_of(bias, scale);
   Tensor values = torch::stable::new_empty(hidden, {sizes.batch, sizes.tokens, sizes.out_features});
   Projection p = describe(sizes, hidden, weight, operands);
@@ -182,12 +174,7 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
                                                   const Tensor& count, const Tensor& mean, const Tensor& m2,
                                                   bool return_values) {
   const Sizes sizes = check_projection(hidden, weight, bias, scale);
-  check_on_cpu(weight, bias, scale);
-  if (token_mask) check_device("token_mask", *token_mask, token_mask->is_cpu(), "the CPU");
-  check_device("count", count, count.is_cpu(), "the CPU");
-  check_device("mean", mean, mean.is_cpu(), "the CPU");
-  check_device("m2", m2, m2.is_cpu(), "the CPU");
-  check_statistics(sizes, token_mask, count, mean, m2);
+  check_statistics(sizes, hidden, token_mask, count, mean, m2);
   Operands operands = operands_of(bias, scale);
   if (token_mask) operands.token_mask = torch::stable::contiguous(*token_mask);
   Projection p = describe(sizes, hidden, weight, operands);

@@ -1,0 +1,115 @@
+"""The table of cases that every implementation of the operators is held against, and how their inputs are made.
+
+`CASES` is read by the tests of the CPU operators; another implementation (emulated, CUDA) reads the same table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# (batch, tokens, in_features, out_features)
+SIZES = (
+    (1, 1, 1, 1),
+    (3, 1, 768, 320),  # one token
+    (2, 77, 768, 320),  # CLIP
+    (2, 80, 320, 33),  # more tokens than a block, one neuron more than two panels
+    (3, 77, 17, 7),  # nothing that a tile divides
+    (4, 12, 7, 3),
+    (2, 5, 3, 17),
+    (1, 160, 300, 50),  # several blocks of tokens and of in_features
+    (0, 77, 8, 4),
+    (2, 0, 8, 4),
+    (2, 3, 0, 4),
+    (2, 3, 8, 0),
+)
+
+# (bias, scale, token mask, layout)
+OPTIONS = (
+    ("none", "none", False, "contiguous"),
+    ("same", "per_neuron", True, "contiguous"),
+    ("float32", "per_prompt", False, "transposed"),
+    ("same", "per_prompt", True, "expanded"),
+    ("none", "per_neuron", True, "offset"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    tokens: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    bias: str
+    scale: str
+    masked: bool
+    layout: str
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch}x{self.tokens}x{self.in_features}x{self.out_features}"
+        mask = "mask" if self.masked else "nomask"
+        return f"{sizes}-{str(self.dtype)[6:]}-bias_{self.bias}-scale_{self.scale}-{mask}-{self.layout}"
+
+
+CASES = [Case(*sizes, dtype, *options) for sizes in SIZES for dtype in DTYPES for options in OPTIONS]
+
+
+def as_laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values (for `expanded`, the first row's) behind other strides."""
+    if layout == "transposed":
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "expanded":
+        return tensor[:1].expand_as(tensor)
+    if layout == "offset":  # rows start at odd multiples of the element size
+        wider = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 3)
+        wider[..., 1:-2] = tensor
+        return wider[..., 1:-2]
+    return tensor
+
+
+def projection_inputs(case: Case) -> dict[str, Any]:
+    """Arguments of `value_projection`; about a quarter of the neurons are switched off where there is a scale."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    hidden = normal(case.batch, case.tokens, case.in_features)
+    weight = normal(case.out_features, case.in_features) / max(case.in_features, 1) ** 0.5
+    bias = None if case.bias == "none" else normal(case.out_features)
+    if bias is not None and case.bias == "same":
+        bias = bias.to(case.dtype)
+    scale = None
+    if case.scale != "none":
+        shape = (case.out_features,) if case.scale == "per_neuron" else (case.batch, case.out_features)
+        scale = normal(*shape)
+        scale[torch.rand(shape, generator=generator) < 0.25] = 0
+    return {
+        "hidden": as_laid_out(hidden.to(case.dtype), case.layout),
+        "weight": as_laid_out(weight.to(case.dtype), "contiguous" if case.layout == "expanded" else case.layout),
+        "bias": bias,
+        "scale": scale,
+    }
+
+
+def token_mask(case: Case) -> torch.Tensor | None:
+    """About two thirds of the tokens, and always the first."""
+    if not case.masked:
+        return None
+    mask = torch.rand(case.batch, case.tokens, generator=torch.Generator().manual_seed(1)) < 0.67
+    mask[:, :1] = True
+    return mask
+
+
+def running_buffers(out_features: int) -> dict[str, torch.Tensor]:
+    """`count`, `mean` and `m2` before the first prompt."""
+    return {
+        "count": torch.zeros((), dtype=torch.float64),
+        "mean": torch.zeros(out_features, dtype=torch.float64),
+        "m2": torch.zeros(out_features, dtype=torch.float64),
+    }

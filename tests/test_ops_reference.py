@@ -1,0 +1,129 @@
+"""The compiled operators against float64, over the whole table of cases.
+
+Judged by PyTorch's own error: at most twice what the same computation in PyTorch, in the same precision, is off by,
+and a floor of one rounding of the result.
+"""
+
+import op_cases
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from nemo_ext import ops, reference
+
+every_case = pytest.mark.parametrize("case", op_cases.CASES, ids=str)
+every_case_with_tokens = pytest.mark.parametrize(
+    "case", [case for case in op_cases.CASES if case.tokens or not case.batch], ids=str
+)
+
+
+def assert_as_good_as_torch(ours, torchs, exact):
+    if exact.numel() == 0:
+        return
+    rounding = torch.finfo(ours.dtype).eps * exact.abs().max()
+    allowed = 2 * (torchs.double() - exact).abs().max() + rounding
+    assert (ours.double() - exact).abs().max() <= allowed
+
+
+def torch_values(hidden, weight, bias, scale):
+    """What a PyTorch user would write, in the precision of `hidden`."""
+    values = linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+    if scale is not None:
+        values = values * (scale.unsqueeze(1) if scale.dim() == 2 else scale).to(hidden.dtype)
+    return values
+
+
+@every_case
+def test_values_are_as_exact_as_pytorchs(case):
+    inputs = op_cases.projection_inputs(case)
+    values = ops.value_projection(**inputs)
+    assert values.shape == (case.batch, case.tokens, case.out_features)
+    assert values.dtype == case.dtype
+    assert values.is_contiguous()
+    assert_as_good_as_torch(values, torch_values(**inputs), reference.value_projection(**inputs))
+
+
+@every_case_with_tokens
+def test_statistics_call_gives_the_same_values_bit_for_bit(case):
+    inputs = op_cases.projection_inputs(case)
+    buffers = op_cases.running_buffers(case.out_features)
+    values, _ = ops.value_projection_stats(**inputs, token_mask=op_cases.token_mask(case), **buffers)
+    assert torch.equal(values, ops.value_projection(**inputs))
+
+
+@every_case_with_tokens
+def test_activation_is_as_exact_as_pytorchs(case):
+    inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
+    _, activation = ops.value_projection_stats(
+        **inputs, token_mask=mask, **op_cases.running_buffers(case.out_features), return_values=False
+    )
+    _, exact = reference.value_projection_stats(
+        **inputs, token_mask=mask, **op_cases.running_buffers(case.out_features)
+    )
+    weights = torch.ones(case.batch, case.tokens) if mask is None else mask.float()
+    size = torch_values(inputs["hidden"], inputs["weight"], inputs["bias"], None).abs().float()
+    torchs = (size * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
+    assert activation.dtype == torch.float32
+    assert_as_good_as_torch(activation, torchs, exact)
+
+
+@every_case_with_tokens
+def test_running_statistics_follow_the_reference(case):
+    inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
+    ours, exact = op_cases.running_buffers(case.out_features), op_cases.running_buffers(case.out_features)
+    for _ in range(2):
+        ops.value_projection_stats(**inputs, token_mask=mask, **ours, return_values=False)
+        reference.value_projection_stats(**inputs, token_mask=mask, **exact)
+    assert ours["count"] == exact["count"] == 2 * case.batch
+    torch.testing.assert_close(ours["mean"], exact["mean"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours["m2"], exact["m2"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3, 4), (2, 0, 4)], ids=str)
+def test_value_projection_takes_any_leading_shape(leading):
+    hidden, weight, scale = torch.randn(*leading, 17), torch.randn(7, 17), torch.randn(7)
+    values = ops.value_projection(hidden, weight, scale=scale)
+    torch.testing.assert_close(values, reference.value_projection(hidden, weight, scale=scale).float())
+
+
+def test_activation_is_taken_before_the_scale():
+    hidden, weight = torch.randn(2, 77, 17), torch.randn(7, 17)
+    activations = [
+        ops.value_projection_stats(hidden, weight, None, scale, None, **op_cases.running_buffers(7))[1]
+        for scale in (None, torch.zeros(7))
+    ]
+    assert torch.equal(*activations)
+
+
+def test_values_are_none_when_not_asked_for():
+    hidden, weight = torch.randn(2, 77, 17), torch.randn(7, 17)
+    values, activation = ops.value_projection_stats(
+        hidden, weight, None, None, None, **op_cases.running_buffers(7), return_values=False
+    )
+    assert values is None
+    assert activation.shape == (2, 7)
+
+
+def test_a_masked_token_may_hold_anything():
+    hidden, weight = torch.randn(2, 5, 17), torch.randn(7, 17)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    _, clean = ops.value_projection_stats(hidden, weight, None, None, mask, **op_cases.running_buffers(7))
+    hidden[:, 3:] = torch.nan
+    _, padded = ops.value_projection_stats(hidden, weight, None, None, mask, **op_cases.running_buffers(7))
+    assert torch.equal(clean, padded)
+
+
+@pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
+def test_a_non_finite_input_shows_in_its_own_values_only(dtype):
+    hidden, weight = torch.randn(2, 5, 18, dtype=dtype), torch.randn(7, 18, dtype=dtype)
+    hidden[1, 2, 3] = torch.inf
+    values = ops.value_projection(hidden, weight)
+    assert not values[1, 2].isfinite().any()
+    assert values[0].isfinite().all()
+    assert values[1, [0, 1, 3, 4]].isfinite().all()
+
+
+def test_values_too_large_for_half_precision_become_infinite():
+    hidden, weight = torch.full((1, 1, 4), 200.0, dtype=torch.float16), torch.full((1, 4), 200.0, dtype=torch.float16)
+    assert ops.value_projection(hidden, weight).isposinf().all()

@@ -1,0 +1,63 @@
+"""Running mean and variance over many calls, against NumPy on everything at once."""
+
+import numpy as np
+import op_cases
+import pytest
+import torch
+
+from nemo_ext import ops
+
+
+def collect(hidden, weight, sizes):
+    """Feeds `hidden` in batches of `sizes`; returns the running buffers and all activations as NumPy float64."""
+    buffers = op_cases.running_buffers(weight.shape[0])
+    activations = [
+        ops.value_projection_stats(part, weight, None, None, None, **buffers, return_values=False)[1]
+        for part in hidden.split(sizes)
+    ]
+    return buffers, torch.cat(activations).double().numpy()
+
+
+@pytest.mark.parametrize("sizes", [[40], [1] * 40, [7, 0, 1, 32], [32, 8]], ids=str)
+def test_mean_and_variance_are_numpys_however_the_prompts_are_batched(sizes):
+    buffers, activations = collect(torch.randn(40, 12, 17), torch.randn(9, 17), sizes)
+    assert buffers["count"] == 40
+    np.testing.assert_allclose(buffers["mean"].numpy(), activations.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(buffers["m2"].numpy() / 39, activations.var(0, ddof=1), rtol=1e-5)
+
+
+def test_a_small_spread_around_a_large_mean_survives():
+    """The mean is 4,000 times the standard deviation: a float32 sum of squares has no correct digit left."""
+    hidden = 1000 + 0.25 * torch.randn(512, 1, 1)
+    buffers, activations = collect(hidden, torch.ones(1, 1), [8] * 64)
+    variance = activations.var(0, ddof=1)
+    np.testing.assert_allclose(buffers["m2"].numpy() / 511, variance, rtol=1e-3)
+
+    single = activations.astype(np.float32)
+    by_squares = ((single**2).sum(0) - single.sum(0) ** 2 / np.float32(512)) / np.float32(511)
+    assert abs(by_squares - variance) > 0.5 * variance
+
+
+def test_one_prompt_has_no_spread():
+    buffers, activations = collect(torch.randn(1, 12, 17), torch.randn(9, 17), [1])
+    np.testing.assert_array_equal(buffers["mean"].numpy(), activations[0])
+    assert not buffers["m2"].any()
+
+
+def test_an_empty_batch_changes_nothing():
+    buffers, _ = collect(torch.randn(5, 12, 17), torch.randn(9, 17), [5])
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    _, activation = ops.value_projection_stats(torch.randn(0, 12, 17), torch.randn(9, 17), None, None, None, **buffers)
+    assert activation.shape == (0, 9)
+    assert all(torch.equal(buffers[name], before[name]) for name in before)
+
+
+def test_buffers_may_be_slices_of_a_larger_one():
+    """As when several layers share one buffer."""
+    mean, m2 = torch.zeros(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.float64)
+    ops.value_projection_stats(torch.randn(4, 3, 5), torch.randn(6, 5), None, None, None, count, mean[3:9], m2[3:9])
+    assert mean[3:9].all()
+    assert m2[3:9].all()
+    assert not mean[:3].any()
+    assert not mean[9:].any()
