@@ -508,7 +508,7 @@ def _localize(args: argparse.Namespace) -> None:
 
     out = check_output_folder(args.out)
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
-    from nemo_ext.localizer import Localizer, read_results
+    from nemo_ext.localizer import RESULTS, Localizer, read_results
     from nemo_ext.scoring import Protocol, Threshold
     from nemo_ext.statistics import ActivationStatistics
 
@@ -535,13 +535,24 @@ def _localize(args: argparse.Namespace) -> None:
         seeds=args.seeds,
         batch_size=args.batch_size,
     )
-    localizer.localize_many(prompts, out=out)
-    results = read_results(out)
-    written = _write_neurons(out, results)
+    results: list[Localization] = []
+    try:
+        localizer.localize_many(prompts, out=out)
+    finally:
+        # Also after Ctrl-C: what is in results.jsonl has its neurons beside it.
+        if (out / RESULTS).exists():
+            results = read_results(out)
+        written = _write_neurons(out, results)
     _show(
         _results_table(results),
-        f"Written: {out / 'results.jsonl'}"
-        + (f" and {written} files in {out / 'neurons'}" if written else ""),
+        *(
+            f"{_name(index, found)}: {note}"
+            for index, found in enumerate(results)
+            for note in found.notes
+        ),
+        f"Written: {out / RESULTS}, {written} sets of neurons in {out / 'neurons'}"
+        f" ({sum(found.seconds for found in results):.1f} s,"
+        f" {sum(found.unet_samples for found in results)} U-Net samples)",
     )
 
 
@@ -705,46 +716,39 @@ def _quiet_libraries() -> None:
 
 def _write_neurons(out: Path, results: Sequence[Localization]) -> int:
     """Write each memorized prompt's neurons to a file of its own; return how many files there are."""
-    from nemo_ext.files import prompt_name
-
     folder = out / "neurons"
     written = 0
     for index, found in enumerate(results):
         if len(found.neurons):
             folder.mkdir(exist_ok=True)
-            found.neurons.save(folder / f"{prompt_name(index, found.prompt)}.json")
+            found.neurons.save(folder / f"{_name(index, found)}.json")
             written += 1
     return written
 
 
-def _results_table(results: Sequence[Localization]) -> Table:
+def _name(index: int, found: Localization) -> str:
     from nemo_ext.files import prompt_name
 
-    table = _table(
-        "Results",
-        "name",
-        "prompt",
-        "memorized",
-        "before",
-        "after",
-        "τ",
-        "neurons",
-        "U-Net samples",
-        "seconds",
-    )
+    return prompt_name(index, found.prompt)
+
+
+def _results_table(results: Sequence[Localization]) -> Table:
+    table = _table("Results", "name", "prompt", "memorized", "before", "after", "τ", "neurons")
     for index, found in enumerate(results):
         table.add_row(
-            prompt_name(index, found.prompt),
+            _name(index, found),
             _plain(found.prompt),
             "yes" if found.memorized else "no",
             f"{found.score_before:.3f}",
             "–" if found.score_after is None else f"{found.score_after:.3f}",
             f"{found.threshold:.3f}",
             str(len(found.neurons)),
-            str(found.unet_samples),
-            f"{found.seconds:.1f}",
         )
     return table
+
+
+#: Columns of words; all others hold numbers, which are never broken into two lines.
+_WORDS = ("name", "prompt", "layer", "memorized", "files", "images", "what", "value")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -752,25 +756,23 @@ def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left")
+    # Narrow enough for layer names in 80 columns.
+    table = Table(
+        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+    )
     for column in columns:
-        words = column in (
-            "name",
-            "prompt",
-            "layer",
-            "memorized",
-            "files",
-            "images",
-            "what",
-            "value",
+        table.add_column(
+            column,
+            justify="left" if column in _WORDS else "right",
+            no_wrap=column not in ("prompt", "value"),
+            overflow="fold",
         )
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 
 
-def _show(table: Table, last_line: str | None = None) -> None:
+def _show(table: Table, *lines: str) -> None:
     from rich.console import Console
 
     Console(markup=False, emoji=False, highlight=False).print(table)
-    if last_line is not None:
-        print(last_line)
+    for line in lines:
+        print(_plain(line))

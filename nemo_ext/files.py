@@ -56,7 +56,6 @@ def load_pipeline(
             local_files_only=True,
             use_safetensors=True,
             variant=variant,
-            torch_dtype=dtype or torch.float32,
             safety_checker=None,
             requires_safety_checker=False,
         )
@@ -64,6 +63,8 @@ def load_pipeline(
         # diffusers and transformers raise anything from KeyError to SafetensorError for a damaged folder.
         reason = str(error) or type(error).__name__
         raise NemoError(f"the pipeline in {folder} can't be loaded: {reason}") from error
+    # Converted here: the argument for it has another name in every generation of diffusers.
+    pipe = pipe.to(torch.device(device), dtype or torch.float32)
     for name in COMPONENTS:
         for key, parameter in getattr(pipe, name).named_parameters():
             if not bool(torch.isfinite(parameter).all()):
@@ -72,7 +73,7 @@ def load_pipeline(
                     "undamaged copy, or load it in float32 if it overflowed in half precision"
                 )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.device(device))
+    return pipe
 
 
 def _check_folder(folder: Path) -> str | None:

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from PIL import Image
+from tiny_pipeline import Planted, planted_pipeline
 
 from nemo_ext.cli import main
 from nemo_ext.files import prompt_name
@@ -21,10 +22,8 @@ from nemo_ext.localizer import read_results
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.scoring import Protocol, Threshold
 from nemo_ext.statistics import ActivationStatistics
-from tiny_pipeline import tiny_pipeline
 
 SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "report", "demo", "info")
-PROMPTS = ("a red cat", "a blue dog", "a green bird", "two small boats")
 
 
 def nemo_ext(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -48,24 +47,39 @@ def assert_one_sentence(errors: str, *parts: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline with random weights, saved as diffusers saves it."""
+def planted() -> Planted:
+    return planted_pipeline()
+
+
+@pytest.fixture(scope="module")
+def model(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planted pipeline, saved as diffusers saves it."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_pipeline().save_pretrained(folder)
+    # What was set on a module by hand has to be in the configuration to be there after loading.
+    planted.pipe.unet.register_to_config(norm_eps=planted.pipe.unet.conv_norm_out.eps)
+    planted.pipe.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of prompts as a user's editor leaves it: a byte order mark, blank lines, Windows line ends."""
+def captions(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ordinary prompts as some editors leave them: a byte order mark, blank lines, Windows line ends."""
     file = tmp_path_factory.mktemp("captions") / "captions.txt"
-    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(PROMPTS).encode() + b"\r\n\r\n")
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(planted.ordinary_prompts).encode() + b"\r\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def suspects(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prompts of which the first is memorized."""
+    file = tmp_path_factory.mktemp("suspects") / "suspects.txt"
+    file.write_text(f"{planted.memorized_prompt}\n{planted.ordinary_prompts[0]}\n")
     return file
 
 
 @pytest.fixture(scope="module")
 def statistics(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics of the tiny pipeline, by the command itself."""
+    """What `nemo-ext stats` wrote."""
     out = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
     done = nemo_ext("stats", "--model", model, "--prompts", captions, "--out", out)
     assert (done.returncode, done.stderr) == (0, "")
@@ -73,14 +87,29 @@ def statistics(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
+def threshold(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `nemo-ext threshold` wrote."""
+    out = tmp_path_factory.mktemp("threshold") / "threshold.json"
+    done = nemo_ext(
+        *("threshold", "--model", model, "--prompts", captions, "--seeds", 3, "--out", out)
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return out
+
+
+@pytest.fixture(scope="module")
 def results(
-    model: Path, captions: Path, statistics: Path, tmp_path_factory: pytest.TempPathFactory
+    model: Path,
+    suspects: Path,
+    statistics: Path,
+    threshold: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Results of a search. With a threshold close to 0 every prompt counts as memorized."""
+    """What `nemo-ext localize` wrote."""
     out = tmp_path_factory.mktemp("work") / "results"
     done = nemo_ext(
-        *("localize", "--model", model, "--prompts", captions, "--statistics", statistics),
-        *("--threshold", 0.01, "--seeds", 3, "--out", out),
+        *("localize", "--model", model, "--prompts", suspects, "--statistics", statistics),
+        *("--threshold", threshold, "--seeds", 3, "--out", out),
     )
     assert (done.returncode, done.stderr) == (0, "")
     return out
@@ -143,61 +172,62 @@ class TestWrongUsage:
 
 
 class TestTheWholeWay:
-    def test_statistics_count_every_caption(self, statistics: Path) -> None:
-        assert ActivationStatistics.load(statistics).count == len(PROMPTS)
+    def test_statistics_count_every_caption(self, planted: Planted, statistics: Path) -> None:
+        assert ActivationStatistics.load(statistics).count == len(planted.ordinary_prompts)
 
-    def test_threshold_is_a_number_with_its_scores(
-        self, model: Path, captions: Path, tmp_path: Path
+    def test_threshold_keeps_the_score_of_every_caption(
+        self, planted: Planted, threshold: Path
     ) -> None:
-        out = tmp_path / "threshold.json"
-        done = nemo_ext(
-            *("threshold", "--model", model, "--prompts", captions, "--seeds", 3, "--out", out)
-        )
-        assert (done.returncode, done.stderr) == (0, "")
-        threshold = Threshold.load(out)
-        assert len(threshold.scores) == len(PROMPTS)
-        assert 0 < threshold.value < 1
+        kept = Threshold.load(threshold)
+        assert len(kept.scores) == len(planted.ordinary_prompts)
+        assert 0 < kept.value < 1
 
-    def test_localize_writes_one_object_per_prompt(self, results: Path) -> None:
+    def test_localize_writes_one_object_per_prompt(self, results: Path, suspects: Path) -> None:
         lines = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
-        assert [line["prompt"] for line in lines] == list(PROMPTS)
+        assert [line["prompt"] for line in lines] == suspects.read_text().splitlines()
         for field in (
             *("memorized", "score_before", "score_after", "initial_neurons", "neurons"),
             *("unet_samples", "seconds", "certificate", "protocol"),
         ):
             assert all(field in line for line in lines)
 
-    def test_localize_writes_the_neurons_of_each_memorized_prompt(self, results: Path) -> None:
-        for index, found in enumerate(read_results(results)):
-            assert found.memorized
-            file = results / "neurons" / f"{prompt_name(index, found.prompt)}.json"
-            assert NeuronSet.load(file) == found.neurons
+    def test_localize_finds_the_planted_neurons_and_nothing_for_an_ordinary_prompt(
+        self, planted: Planted, results: Path
+    ) -> None:
+        memorized, ordinary = read_results(results)
+        assert memorized.neurons == planted.neurons
+        assert not ordinary.memorized
+        file = results / "neurons" / f"{prompt_name(0, memorized.prompt)}.json"
+        assert list((results / "neurons").iterdir()) == [file]
+        assert NeuronSet.load(file) == planted.neurons
 
-    def test_images_before_and_after_differ(self, model: Path, results: Path) -> None:
-        name = prompt_name(0, PROMPTS[0])
-        neurons = results / "neurons" / f"{name}.json"
+    def test_images_differ_with_the_neurons_off(
+        self, planted: Planted, model: Path, results: Path
+    ) -> None:
+        name = prompt_name(0, planted.memorized_prompt)
         out = results / "images" / name
         done = nemo_ext(
-            *("generate", "--model", model, "--prompt", PROMPTS[0], "--neurons", neurons),
-            *("--seeds", 2, "--first-seed", 5, "--steps", 2, "--out", out),
+            *("generate", "--model", model, "--prompt", planted.memorized_prompt),
+            *("--neurons", results / "neurons" / f"{name}.json", "--seeds", 3),
+            *("--first-seed", 5, "--steps", 2, "--batch-size", 2, "--out", out),
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert {file.name for file in out.iterdir()} == {
-            *("before-5.png", "before-6.png", "after-5.png", "after-6.png"),
+            *(f"{row}-{seed}.png" for row in ("before", "after") for seed in (5, 6, 7)),
             *("contact-sheet.png", "generation.json"),
         }
         with Image.open(out / "before-5.png") as before, Image.open(out / "after-5.png") as after:
             assert before.tobytes() != after.tobytes()
         description = json.loads((out / "generation.json").read_text())
-        assert description["seeds"] == [5, 6]
-        assert description["neurons"] == NeuronSet.load(neurons).to_dict()
+        assert description["seeds"] == [5, 6, 7]
+        assert description["neurons"] == planted.neurons.to_dict()
 
-    def test_report_shows_every_prompt(self, results: Path, tmp_path: Path) -> None:
+    def test_report_shows_every_prompt(self, results: Path, suspects: Path, tmp_path: Path) -> None:
         out = tmp_path / "report.html"
         done = nemo_ext("report", "--results", results, "--out", out)
         assert (done.returncode, done.stderr) == (0, "")
         page = out.read_text(encoding="utf-8")
-        assert all(prompt in page for prompt in PROMPTS)
+        assert all(prompt in page for prompt in suspects.read_text().splitlines())
 
 
 class TestGoingOn:
@@ -205,25 +235,25 @@ class TestGoingOn:
         self, model: Path, statistics: Path, tmp_path: Path
     ) -> None:
         prompts, out = tmp_path / "prompts.txt", tmp_path / "results"
-        prompts.write_text("\n".join(f"prompt number {number}" for number in range(200)))
+        prompts.write_text("\n".join(f"zebra number {number}" for number in range(200)))
         arguments = (
-            *("localize", "--model", model, "--statistics", statistics, "--threshold", 0.01),
+            *("localize", "--model", model, "--statistics", statistics, "--threshold", 0.2),
             *("--seeds", 3, "--out", out, "--prompts", prompts),
         )
         process = subprocess.Popen(
             command_line(*arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (out / "results.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 130
         assert_one_sentence(errors, str(out), "again")
         done = (out / "results.jsonl").read_text().splitlines()
         assert 1 <= len(done) < 200
 
-        prompts.write_text("\n".join(f"prompt number {number}" for number in range(len(done) + 1)))
+        prompts.write_text("\n".join(f"zebra number {number}" for number in range(len(done) + 1)))
         assert main([*map(str, arguments)]) == 0
         lines = (out / "results.jsonl").read_text().splitlines()
         assert lines[:-1] == done
