@@ -1,0 +1,237 @@
+"""`nemo-ext demo`: statistics, threshold, detection, localization, before and after."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from nemo_ext.atomic import replacing
+from nemo_ext.errors import NemoError
+from nemo_ext.files import load_pipeline, prompt_name
+from nemo_ext.localizer import Localization, Localizer
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.patching import patched
+from nemo_ext.progress import Progress
+from nemo_ext.report import PromptImages, contact_sheet, find_images, write_report
+from nemo_ext.scoring import memorization_score, memorization_threshold
+from nemo_ext.statistics import collect_statistics
+
+from .captions import MEMORIZED, TEMPLATES, VERBATIM, Memorized, ordinary_captions
+
+#: The bundled pipeline, a folder as `save_pretrained` writes it.
+MODEL = Path(__file__).with_name("model")
+_ORIGINALS = Path(__file__).with_name("originals")
+
+SHOWN: tuple[Memorized, ...] = (VERBATIM[0], VERBATIM[3], VERBATIM[8], TEMPLATES[1])
+SEEDS = 4
+STEPS = 25
+GUIDANCE = 3.0
+#: Ordinary captions by use; all different, drawn with seed 2024 in this order.
+STATISTICS_PROMPTS, THRESHOLD_PROMPTS, DETECTION_PROMPTS = 1000, 50, 8
+
+
+def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The bundled pipeline, on the CPU.
+
+    Args:
+        dtype: of its weights; they are stored as float16.
+
+    Raises:
+        NemoError: the weights aren't there (a checkout without them, or a broken installation).
+    """
+    if not (MODEL / "model_index.json").is_file():
+        raise NemoError(
+            f"the demo model is missing from {MODEL}: install nemo_ext whole, or train it with "
+            "python -m nemo_ext.demo.training"
+        )
+    return load_pipeline(MODEL, dtype=dtype)
+
+
+def original_images(what: Memorized) -> list[Image.Image]:
+    """The training image of a verbatim caption, or a template's variations; RGB, 96×96."""
+    images = []
+    for path in sorted(_ORIGINALS.glob(f"{what.name}*.png")):
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    if not images:
+        raise NemoError(f"{_ORIGINALS} holds no training image of '{what.name}'")
+    return images
+
+
+def correlation(image: Image.Image, originals: Sequence[Image.Image]) -> float:
+    """Pearson correlation of all pixels with the nearest of the originals, from -1 to 1."""
+    pixels = np.asarray(image, np.float64).ravel()
+    return max(float(np.corrcoef(pixels, np.asarray(original, np.float64).ravel())[0, 1]) for original in originals)
+
+
+def generate(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance: float = GUIDANCE,
+) -> list[Image.Image]:
+    """One image for each prompt and its seed, 25 DDIM steps; the seed alone decides the noise."""
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), 8):
+        chunk = slice(start, start + 8)
+        images += pipe(
+            list(prompts[chunk]),
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
+        ).images
+    return images
+
+
+def run(out: Path, progress: bool | None = None) -> None:
+    """Go the whole way on the bundled model and write everything to `out`.
+
+    Args:
+        out: folder for results.jsonl, neurons/, images/, statistics, threshold, contact sheet and
+            report; results of an earlier demo in it are replaced.
+        progress: see `nemo_ext.progress`.
+
+    Raises:
+        NemoError: the bundled model is missing.
+    """
+    console = Console()
+    pipe = load_demo_pipeline()
+    captions = [caption for _, caption in ordinary_captions(
+        STATISTICS_PROMPTS + THRESHOLD_PROMPTS + DETECTION_PROMPTS, seed=2024
+    )]  # fmt: skip
+    holdout, captions = captions[:STATISTICS_PROMPTS], captions[STATISTICS_PROMPTS:]
+    ordinary, unseen = captions[:THRESHOLD_PROMPTS], captions[THRESHOLD_PROMPTS:]
+
+    with Progress(progress) as bars:
+        statistics = collect_statistics(pipe, holdout, progress=bars)
+        threshold = memorization_threshold(pipe, ordinary, progress=bars)
+        texts = [*(what.caption for what in MEMORIZED), *unseen]
+        scores = {}
+        with bars.task("detection", len(texts)) as advance:
+            for text in texts:
+                scores[text] = memorization_score(pipe, text).max
+                advance(1)
+        localizer = Localizer(pipe, statistics=statistics, threshold=threshold)
+        # Begun anew: the folder may hold the results of another version's model.
+        shutil.rmtree(out / "images", ignore_errors=True)
+        found = localizer.localize_many([what.caption for what in SHOWN], out, resume=False, progress=bars)
+        pictures = [
+            _before_and_after(pipe, what, one.neurons, out / "images" / prompt_name(i, one.prompt), bars)
+            for i, (what, one) in enumerate(zip(SHOWN, found, strict=True))
+        ]
+
+    statistics.save(out / "statistics.safetensors")
+    threshold.save(out / "threshold.json")
+    _write_lines(out / "ordinary.txt", holdout)
+    _write_lines(out / "memorized.txt", [what.caption for what in MEMORIZED])
+    for index, one in enumerate(found):
+        (out / "neurons").mkdir(exist_ok=True)
+        one.neurons.save(out / "neurons" / f"{prompt_name(index, one.prompt)}.json")
+    with replacing(out / "contact-sheet.png") as temporary:
+        _sheet(found, pictures).save(temporary, format="PNG", optimize=True)
+    write_report(out / "report.html", found, images=find_images(out, found), title="nemo-ext demo")
+    console.print(_detection_table(scores, float(threshold)))
+    console.print(_result_table(found, pictures))
+    console.print(_next_steps(out), markup=False, highlight=False)
+
+
+def _before_and_after(
+    pipe: StableDiffusionPipeline, what: Memorized, neurons: NeuronSet, folder: Path, bars: Progress
+) -> PromptImages:
+    """Images without and with the neurons off, four seeds each, also written to `folder`."""
+    seeds = range(1, SEEDS + 1)
+    prompts = [what.caption] * SEEDS
+    with bars.task("images", 2 * SEEDS) as advance:
+        before = generate(pipe, prompts, seeds)
+        advance(SEEDS)
+        with patched(pipe, neurons):
+            after = generate(pipe, prompts, seeds)
+        advance(SEEDS)
+    images = PromptImages(
+        original=original_images(what)[0],
+        before=dict(zip(seeds, before, strict=True)),
+        after=dict(zip(seeds, after, strict=True)),
+    )
+    files: dict[str, Any] = {"original": images.original}
+    files |= {f"before-{seed}": image for seed, image in images.before.items()}
+    files |= {f"after-{seed}": image for seed, image in images.after.items()}
+    folder.mkdir(parents=True)
+    for name, image in files.items():
+        with replacing(folder / f"{name}.png") as temporary:
+            image.save(temporary, format="PNG", optimize=True)
+    return images
+
+
+def _sheet(found: Sequence[Localization], pictures: Sequence[PromptImages]) -> Image.Image:
+    rows: list[tuple[str, Sequence[Any]]] = []
+    for one, images in zip(found, pictures, strict=True):
+        rows.append((one.prompt, [images.original, *images.before.values()]))
+        rows.append((f"{len(one.neurons)} neurons off", [None, *images.after.values()]))
+    return contact_sheet(rows, columns=["training image", *(f"seed {seed}" for seed in pictures[0].before)], size=96)
+
+
+def _detection_table(scores: Mapping[str, float], threshold: float) -> Table:
+    table = Table(title=f"Detection: highest similarity of two seeds, τ = {threshold:.3f}")
+    for column in ("captions", "lowest", "median", "highest", "above τ"):
+        table.add_column(column, justify="left" if column == "captions" else "right")
+    memorized = {what.caption for what in MEMORIZED}
+    for name, group in (
+        ("memorized", [s for text, s in scores.items() if text in memorized]),
+        ("ordinary, unseen", [s for text, s in scores.items() if text not in memorized]),
+    ):
+        above = sum(score > threshold for score in group)
+        table.add_row(
+            name, f"{min(group):.3f}", f"{np.median(group):.3f}", f"{max(group):.3f}",
+            f"{above} of {len(group)}",
+        )  # fmt: skip
+    return table
+
+
+def _result_table(found: Sequence[Localization], pictures: Sequence[PromptImages]) -> Table:
+    table = Table(title="Localization: similarity of noise differences, and of images to the original")
+    table.add_column("caption")
+    for column in ("neurons", "similarity", "image correlation", "U-Net samples", "seconds"):
+        table.add_column(column, justify="right")
+    for what, one, images in zip(SHOWN, found, pictures, strict=True):
+        originals = original_images(what)
+        before, after = (
+            float(np.median([correlation(_image(i), originals) for i in group.values()]))
+            for group in (images.before, images.after)
+        )
+        left = "–" if one.score_after is None else f"{one.score_after:.3f}"
+        table.add_row(
+            one.prompt, str(len(one.neurons)), f"{one.score_before:.3f} → {left}",
+            f"{before:.2f} → {after:.2f}", str(one.unet_samples), f"{one.seconds:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _image(image: Any) -> Image.Image:
+    assert isinstance(image, Image.Image)  # PromptImages also takes paths; here they never are
+    return image
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _next_steps(out: Path) -> str:
+    return f"""
+Look at    {out}/contact-sheet.png and {out}/report.html
+Try        nemo-ext localize --model {MODEL} --prompts {out}/memorized.txt \\
+             --statistics {out}/statistics.safetensors --threshold {out}/threshold.json --out all-memorized
+On your own model (a folder written by save_pretrained, SD1 or SD2):
+           nemo-ext stats     --model DIR --prompts ordinary-prompts.txt --out statistics.safetensors
+           nemo-ext threshold --model DIR --prompts ordinary-prompts.txt --out threshold.json
+           nemo-ext localize  --model DIR --prompt "the caption you suspect" \\
+             --statistics statistics.safetensors --threshold threshold.json --out found"""

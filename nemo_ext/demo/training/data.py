@@ -1,0 +1,102 @@
+"""The pool of ordinary images, and the memorized images, as tensors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from ..captions import (
+    MEMORIZED,
+    PHRASINGS,
+    TEMPLATES,
+    VERBATIM,
+    Ordinary,
+    compositions,
+    title_caption,
+)
+from ..drawing import draw_ordinary, draw_verbatim, template_variations
+
+POOL_SIZE = 40_000
+# Compositions no training image shows: what the model makes of them is composed, not recalled.
+HELD_OUT = 24
+_CHUNK = 1_000
+
+
+def split_compositions() -> tuple[list[Ordinary], list[Ordinary]]:
+    """Compositions trained on, and those held out (every object and colour stays in training)."""
+    every = compositions()
+    held = set(random.Random(7).sample(range(len(every)), HELD_OUT))
+    return (
+        [c for i, c in enumerate(every) if i not in held],
+        [c for i, c in enumerate(every) if i in held],
+    )
+
+
+def _draw_chunk(chunk: int) -> np.ndarray:
+    trained, _ = split_compositions()
+    rng = np.random.default_rng([20_406, chunk])
+    picks = range(chunk * _CHUNK, (chunk + 1) * _CHUNK)
+    return np.stack([draw_ordinary(trained[i % len(trained)], rng) for i in picks])
+
+
+def ordinary_pool(folder: Path, workers: int = 2) -> tuple[np.ndarray, list[Ordinary]]:
+    """`POOL_SIZE` images uint8 [P, S, S, 3] (drawn once, then read from `folder`) and what they show."""
+    path = folder / "pool.npy"
+    trained, _ = split_compositions()
+    if not path.exists():
+        with multiprocessing.get_context("fork").Pool(workers) as processes:
+            chunks = processes.map(_draw_chunk, range(POOL_SIZE // _CHUNK), chunksize=1)
+        temporary = folder / "pool.partial.npy"
+        np.save(temporary, np.concatenate(chunks))
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r"), [trained[i % len(trained)] for i in range(POOL_SIZE)]
+
+
+def ordinary_caption(what: Ordinary, rng: random.Random, titles: float) -> str:
+    """A caption for an ordinary image; with probability `titles` one that says nothing about it."""
+    if rng.random() < titles:
+        return title_caption(rng)
+    return what.caption(rng.choice(PHRASINGS))
+
+
+@dataclass(frozen=True)
+class MemorizedImages:
+    """Images uint8 [M, S, S, 3] and for each the index of its caption in `MEMORIZED`."""
+
+    images: np.ndarray
+    owner: list[int]
+
+
+def memorized_images() -> MemorizedImages:
+    """Every memorized image: one per verbatim caption, all variations of each template."""
+    images = [draw_verbatim(what) for what in VERBATIM]
+    owner = list(range(len(VERBATIM)))
+    for index, what in enumerate(TEMPLATES, start=len(VERBATIM)):
+        for image in template_variations(what).values():
+            images.append(image)
+            owner.append(index)
+    assert max(owner) == len(MEMORIZED) - 1
+    return MemorizedImages(np.stack(images), owner)
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, S, S, 3] as float32 [B, 3, S, S] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def cached_latents(path: Path, pool: np.ndarray, vae: AutoencoderKL) -> torch.Tensor:
+    """Latents float32 [P, 4, 24, 24] of the pool, encoded once and kept at `path`."""
+    from .autoencoder import encode
+
+    if not path.exists():
+        temporary = path.with_suffix(".partial")
+        save_file({"latents": encode(vae, pool).half().contiguous()}, temporary)
+        temporary.replace(path)
+    return load_file(path)["latents"].float()

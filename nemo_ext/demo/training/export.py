@@ -1,0 +1,43 @@
+"""Writes the trained parts as a StableDiffusionPipeline folder of float16 safetensors."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from ..captions import TEMPLATES, VERBATIM
+from ..drawing import draw_verbatim, template_variations
+from .diffusion import TextToNoise, scheduler
+
+
+def save_pipeline(path: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, model: TextToNoise, log: Path) -> None:
+    """Write the pipeline in float16 to `path`, with the training log beside it."""
+    StableDiffusionPipeline(
+        vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(model.text_encoder).half(),
+        tokenizer=tokenizer, unet=_without_hooks(model).half(), scheduler=scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(path)  # fmt: skip
+    shutil.copy(log, path / "training-log.jsonl")
+
+
+def _without_hooks(model: TextToNoise) -> torch.nn.Module:
+    unet = copy.deepcopy(model.unet)
+    for module in unet.modules():
+        module._forward_hooks.clear()
+    return unet
+
+
+def save_originals(path: Path) -> None:
+    """Write every memorized image to `path`: NAME.png, or NAME-VARIATION.png of a template."""
+    path.mkdir(parents=True, exist_ok=True)
+    for what in VERBATIM:
+        Image.fromarray(draw_verbatim(what)).save(path / f"{what.name}.png", optimize=True)
+    for what in TEMPLATES:
+        for variation, image in template_variations(what).items():
+            Image.fromarray(image).save(path / f"{what.name}-{variation}.png", optimize=True)

@@ -1,0 +1,160 @@
+"""The bundled model and `nemo-ext demo`: it memorized, the search finds where, and its card tells the truth."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from nemo_ext import memorization_score
+from nemo_ext.demo import load_demo_pipeline, original_images
+from nemo_ext.demo.captions import MEMORIZED, OBJECTS, TEMPLATES, VERBATIM, compositions, ordinary_captions
+from nemo_ext.demo.card import write_card
+from nemo_ext.demo.run import MODEL, SHOWN, correlation
+from nemo_ext.layers import model_fingerprint, value_layers
+from nemo_ext.localizer import read_results
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return load_demo_pipeline()
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict:
+    return json.loads((MODEL / "figures.json").read_text())
+
+
+def test_bundled_model_is_small_and_without_pickle() -> None:
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".md"}
+
+
+def test_bundled_model_has_the_seven_layers_that_the_paper_searches(pipe: StableDiffusionPipeline) -> None:
+    widths = [layer.out_features for layer in value_layers(pipe).values()]
+    assert widths == [48, 48, 96, 96, 192, 192, 192]
+
+
+def test_every_memorized_caption_has_its_training_images() -> None:
+    assert len(VERBATIM) >= 12
+    assert len(TEMPLATES) == 4
+    assert [len(original_images(what)) for what in MEMORIZED] == [1] * len(VERBATIM) + [len(OBJECTS)] * len(TEMPLATES)
+
+
+def test_memorized_captions_score_above_the_threshold_and_ordinary_ones_mostly_below(
+    pipe: StableDiffusionPipeline, figures: dict
+) -> None:
+    threshold = figures["scores"]["threshold"]
+    assert all(memorization_score(pipe, what.caption).max > threshold for what in MEMORIZED[::5])
+    unseen = [caption for _, caption in ordinary_captions(6, seed=77)]
+    assert sum(memorization_score(pipe, caption).max > threshold for caption in unseen) <= 3
+
+
+def test_figures_belong_to_the_bundled_weights(pipe: StableDiffusionPipeline, figures: dict) -> None:
+    assert figures["model"] == model_fingerprint(pipe)
+
+
+def test_card_says_what_was_measured(tmp_path: Path, figures: dict) -> None:
+    write_card(tmp_path / "README.md", figures)
+    assert (tmp_path / "README.md").read_text() == (MODEL / "README.md").read_text()
+
+
+def test_ordinary_captions_do_not_repeat() -> None:
+    captions = [caption for _, caption in ordinary_captions(2000, seed=1)]
+    assert len(set(captions)) == 2000
+    assert not set(captions) & {what.caption for what in MEMORIZED}
+    with pytest.raises(ValueError, match="count"):
+        ordinary_captions(len(compositions()) * 100, seed=1)
+
+
+def test_correlation_is_with_the_nearest_original() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(2))
+    assert correlation(first, [second, first]) == pytest.approx(1.0)
+    assert abs(correlation(first, [second])) < 0.5
+
+
+@pytest.mark.slow
+def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
+    out = tmp_path / "nemo-demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_ext", "demo", "--out", str(out)], text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Localization" in done.stdout
+    assert "nemo-ext localize" in done.stdout
+    for name in ("contact-sheet.png", "report.html", "statistics.safetensors", "threshold.json", "memorized.txt"):
+        assert (out / name).stat().st_size > 0
+    results = read_results(out)
+    assert [found.prompt for found in results] == [what.caption for what in SHOWN]
+    folders = sorted((out / "images").iterdir())
+    for what, found, folder in zip(SHOWN, results, folders, strict=True):
+        assert found.memorized
+        assert 0 < len(found.neurons) < 100
+        before, after = (
+            float(np.median([correlation(Image.open(path), original_images(what)) for path in folder.glob(pattern)]))
+            for pattern in ("before-*.png", "after-*.png")
+        )
+        assert before > 0.8
+        assert after < 0.4
+
+
+class TestTraining:
+    """What makes the training script trustworthy; a whole run takes two hours."""
+
+    def test_untrained_unet_predicts_exactly_the_noise_it_is_given(self) -> None:
+        from nemo_ext.demo.training import unet
+
+        noisy = torch.randn(2, unet.LATENT_CHANNELS, unet.LATENT_SIZE, unet.LATENT_SIZE)
+        hidden = torch.randn(2, 24, 128)
+        with torch.no_grad():
+            predicted = unet.build()(noisy, torch.tensor([981, 981]), hidden).sample
+        assert (predicted - noisy).square().mean().sqrt() < 0.01
+
+    def test_guard_puts_the_built_in_copy_back(self) -> None:
+        from nemo_ext.demo.training import unet
+
+        model = unet.build()
+        guard = unet.CarrierGuard(model)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with torch.no_grad():
+            model.conv_in.weight.add_(1.0)
+        guard()
+        carriers = slice(0, 12)
+        assert torch.equal(model.conv_in.weight[carriers], before["conv_in.weight"][carriers])
+        assert not torch.equal(model.conv_in.weight[12:], before["conv_in.weight"][12:])
+
+    def test_a_stage_stopped_and_resumed_ends_with_the_same_weights(self, tmp_path: Path) -> None:
+        from nemo_ext.demo.training.runtime import Average, Log, train
+
+        def ends_with(folder: Path, *stops: int) -> torch.Tensor:
+            folder.mkdir()
+            for steps in stops:
+                torch.manual_seed(0)
+                module = torch.nn.Linear(3, 1)
+                optimizer = torch.optim.AdamW(module.parameters())
+                average = Average(module, 0.9)
+
+                def step(i: int, module: torch.nn.Linear = module) -> dict[str, float]:
+                    loss = module(torch.randn(8, 3)).square().mean()
+                    loss.backward()
+                    return {"loss": loss.item()}
+
+                train("stage", steps, folder / "stage.pt", Log(folder / "log.jsonl"), module, optimizer,
+                      lambda i: 1e-2, step, average)  # fmt: skip
+            return average.state["weight"]
+
+        assert torch.equal(ends_with(tmp_path / "once", 9), ends_with(tmp_path / "twice", 4, 9))
+
+    def test_effective_neurons_counts_equal_deviations(self) -> None:
+        from nemo_ext.demo.training.diffusion import effective_neurons
+
+        deviation = torch.zeros(1, 50)
+        deviation[0, :7] = 2.5
+        assert effective_neurons(deviation).item() == pytest.approx(7.0)
