@@ -177,9 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         reason = str(error) or "no message"
-        _complain(
-            args, f"{type(error).__name__}: {reason}; run again with --debug for the traceback"
-        )
+        _complain(args, f"{type(error).__name__}: {reason}; run again with --debug for the traceback")
         return 1
     return 0
 
@@ -187,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell_own_warnings(args: argparse.Namespace) -> None:
     """Show the package's own warnings as sentences, and no other library's."""
 
-    def show(message: Warning | str, *_: object) -> None:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
         _complain(args, f"warning: {message}")
 
     warnings.simplefilter("ignore")
@@ -248,9 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_batch_size(stats, 64, "captions encoded at once")
 
-    threshold = command(
-        "threshold", _threshold, "above which score a prompt counts as memorized", THRESHOLD
-    )
+    threshold = command("threshold", _threshold, "above which score a prompt counts as memorized", THRESHOLD)
     _add_model(threshold)
     _add_path(threshold, "--prompts", "captions that aren't memorized, one a line")
     _add_path(threshold, "--out", "the threshold (.json)")
@@ -288,9 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(generate)
     generate.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="the prompt")
     generate.add_argument("--neurons", type=Path, metavar="FILE", help="the neurons to switch off")
-    generate.add_argument(
-        "--seeds", type=_whole(1), default=4, metavar="N", help="images per row (default: 4)"
-    )
+    generate.add_argument("--seeds", type=_whole(1), default=4, metavar="N", help="images per row (default: 4)")
     generate.add_argument(
         "--first-seed",
         type=_whole(0),
@@ -298,9 +292,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SEED",
         help="seed of the first image, the others count up from it (default: 1)",
     )
-    generate.add_argument(
-        "--steps", type=_whole(1), default=50, metavar="N", help="denoising steps (default: 50)"
-    )
+    generate.add_argument("--steps", type=_whole(1), default=50, metavar="N", help="denoising steps (default: 50)")
     generate.add_argument(
         "--guidance",
         type=_guidance,
@@ -365,9 +357,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_path(
-    parser: argparse.ArgumentParser, flag: str, meaning: str, *, metavar: str = "FILE"
-) -> None:
+def _add_path(parser: argparse.ArgumentParser, flag: str, meaning: str, *, metavar: str = "FILE") -> None:
     parser.add_argument(flag, type=Path, required=True, metavar=metavar, help=meaning)
 
 
@@ -378,9 +368,7 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
         default="paper",
         help="how scores are taken (default: paper)",
     )
-    parser.add_argument(
-        "--seeds", type=_whole(2), default=10, metavar="N", help="seeds per prompt (default: 10)"
-    )
+    parser.add_argument("--seeds", type=_whole(2), default=10, metavar="N", help="seeds per prompt (default: 10)")
     _add_batch_size(parser, 10, "U-Net samples at once")
 
 
@@ -441,9 +429,7 @@ def _threshold_or_file(text: str) -> float | Path:
     except ValueError:
         if Path(text).is_file():
             return Path(text)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number nor a file that exists"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a file that exists") from None
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} isn't between 0 and 1")
     return number
@@ -464,9 +450,7 @@ def _stats(args: argparse.Namespace) -> None:
 
     statistics = collect_statistics(pipe, prompts, batch_size=args.batch_size, layers=args.layers)
     statistics.save(out)
-    table = _table(
-        f"Activation over {statistics.count} captions", "layer", "neurons", "mean", "std"
-    )
+    table = _table(f"Activation over {statistics.count} captions", "layer", "neurons", "mean", "std")
     for layer, mean in statistics.mean.items():
         std = statistics.std[layer]
         table.add_row(layer, str(mean.numel()), f"{mean.mean():.4f}", f"{std.mean():.4f}")
@@ -520,12 +504,8 @@ def _localize(args: argparse.Namespace) -> None:
                 f"the threshold in {args.threshold} is {threshold.value}, not between 0 and 1: compute it again"
             )
     statistics = ActivationStatistics.load(args.statistics)
-    if not all(
-        bool(std.isfinite().all()) for std in (*statistics.mean.values(), *statistics.std.values())
-    ):
-        raise NemoError(
-            f"the statistics in {args.statistics} hold NaN or infinity: collect them again"
-        )
+    if not all(bool(std.isfinite().all()) for std in (*statistics.mean.values(), *statistics.std.values())):
+        raise NemoError(f"the statistics in {args.statistics} hold NaN or infinity: collect them again")
     localizer = Localizer(
         _load(args),
         statistics=statistics,
@@ -545,11 +525,7 @@ def _localize(args: argparse.Namespace) -> None:
         written = _write_neurons(out, results)
     _show(
         _results_table(results),
-        *(
-            f"{_name(index, found)}: {note}"
-            for index, found in enumerate(results)
-            for note in found.notes
-        ),
+        *(f"{_name(index, found)}: {note}" for index, found in enumerate(results) for note in found.notes),
         f"Written: {out / RESULTS}, {written} sets of neurons in {out / 'neurons'}"
         f" ({sum(found.seconds for found in results):.1f} s,"
         f" {sum(found.unet_samples for found in results)} U-Net samples)",
@@ -603,9 +579,7 @@ def _generate(args: argparse.Namespace) -> None:
     }
     # Everything is in memory by now: an interrupted generation leaves nothing behind.
     files = {
-        f"{name}-{seed}.png": image
-        for name, images in rows.items()
-        for seed, image in zip(seeds, images, strict=True)
+        f"{name}-{seed}.png": image for name, images in rows.items() for seed, image in zip(seeds, images, strict=True)
     }
     for name, image in {**files, "contact-sheet.png": sheet}.items():
         with replacing(out / name) as temporary:
@@ -637,9 +611,7 @@ def _images(pipe: StableDiffusionPipeline, args: argparse.Namespace, seeds: rang
             output_type="np",
         ).images
         if not numpy.isfinite(made).all():
-            raise NemoError(
-                "the images hold NaN: the model overflows in this precision, use --dtype float32"
-            )
+            raise NemoError("the images hold NaN: the model overflows in this precision, use --dtype float32")
         images += pipe.image_processor.numpy_to_pil(made)
     return images
 
@@ -694,9 +666,7 @@ def _load(args: argparse.Namespace) -> StableDiffusionPipeline:
     if device != "cpu":
         count = torch.cuda.device_count() if available else 0
         if int(device.partition(":")[2] or 0) >= count:
-            raise NemoError(
-                f"--device {device} was asked for, but PyTorch sees {count} CUDA devices: use --device cpu"
-            )
+            raise NemoError(f"--device {device} was asked for, but PyTorch sees {count} CUDA devices: use --device cpu")
     return load_pipeline(args.model, device=device, dtype=getattr(torch, args.dtype))
 
 
@@ -757,9 +727,7 @@ def _table(title: str, *columns: str) -> Table:
     from rich.text import Text
 
     # Narrow enough for layer names in 80 columns.
-    table = Table(
-        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
-    )
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for column in columns:
         table.add_column(
             column,

@@ -79,9 +79,7 @@ def load_pipeline(
 def _check_folder(folder: Path) -> str | None:
     """Refuse a folder that isn't a Stable Diffusion pipeline; return the weights' variant, if any."""
     if not folder.exists():
-        raise NemoError(
-            f"the model folder {folder} doesn't exist: give the path of a diffusers folder"
-        )
+        raise NemoError(f"the model folder {folder} doesn't exist: give the path of a diffusers folder")
     if not folder.is_dir():
         raise NemoError(
             f"{folder} is a file, not a diffusers folder: convert a single checkpoint with "
@@ -107,9 +105,7 @@ def _check_folder(folder: Path) -> str | None:
     for name in COMPONENTS:
         component = folder / name
         if not component.is_dir():
-            raise NemoError(
-                f"{folder} isn't a whole pipeline, its folder {name}/ is missing: get it again"
-            )
+            raise NemoError(f"{folder} isn't a whole pipeline, its folder {name}/ is missing: get it again")
         weights = sorted(file.name for file in component.glob("*.safetensors"))
         if not weights:
             pickles = sorted(file.name for file in component.glob("*.bin"))
@@ -122,8 +118,7 @@ def _check_folder(folder: Path) -> str | None:
         variants.add("fp16" if all(".fp16" in file for file in weights) else None)
     if len(variants) > 1:
         raise NemoError(
-            f"{folder} has some components only as *.fp16.safetensors and others only without: "
-            "make them all the same"
+            f"{folder} has some components only as *.fp16.safetensors and others only without: make them all the same"
         )
     return variants.pop()
 
@@ -144,9 +139,7 @@ def read_prompts(path: str | Path) -> list[str]:
             f"the prompt file {path} isn't UTF-8 text (byte {error.start}): save it as UTF-8, one prompt a line"
         ) from error
     except OSError as error:
-        raise NemoError(
-            f"the prompt file {path} can't be read: {error.strerror or error}"
-        ) from error
+        raise NemoError(f"the prompt file {path} can't be read: {error.strerror or error}") from error
     prompts = [line.strip() for line in text.split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -192,9 +185,7 @@ def check_output_folder(path: str | Path) -> Path:
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise NemoError(
-            f"{path} can't be written to, {nearest} is a file: give the name of a folder"
-        )
+        raise NemoError(f"{path} can't be written to, {nearest} is a file: give the name of a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise NemoError(f"{path} can't be written to: no permission to write in {nearest}")
     return path

@@ -54,9 +54,7 @@ class PromptImages:
     after: Mapping[int, Path | Image] = field(default_factory=dict)
 
 
-def find_images(
-    folder: str | Path, localizations: Sequence[Localization]
-) -> dict[int, PromptImages]:
+def find_images(folder: str | Path, localizations: Sequence[Localization]) -> dict[int, PromptImages]:
     """Find the images that lie beside results.
 
     They are looked for in `folder/images/<prompt_name>/`, as `original.png`, `before-<seed>.png` and
@@ -114,9 +112,7 @@ def write_report(
     from jinja2 import Environment, StrictUndefined
 
     images = images or {}
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     memorized = [found for found in localizations if found.memorized]
     union = _union(memorized)
@@ -129,9 +125,7 @@ def write_report(
         layers={layer: len(indices) for layer, indices in union.items()},
         scores_plot=_score_plot(localizations),
         layers_plot=_layer_plot(memorized) if union else None,
-        prompts=[
-            _section(index, found, images.get(index)) for index, found in enumerate(localizations)
-        ],
+        prompts=[_section(index, found, images.get(index)) for index, found in enumerate(localizations)],
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -153,15 +147,11 @@ def _union(localizations: Iterable[Localization]) -> NeuronSet:
 
 def short_layer(layer: str) -> str:
     """A value layer's name, short enough for a plot: `down 0.1` for `down_blocks.0.attentions.1…to_v`."""
-    match = re.fullmatch(
-        r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v", layer
-    )
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v", layer)
     if match:
         name = f"{match[1]} {match[2]}.{match[3]}"
         return name if match[4] == "0" else f"{name}.{match[4]}"
-    match = re.fullmatch(
-        r"mid_block\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v", layer
-    )
+    match = re.fullmatch(r"mid_block\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v", layer)
     if match:
         return "mid" if match[1] == match[2] == "0" else f"mid {match[1]}.{match[2]}"
     return layer
@@ -182,9 +172,7 @@ def _section(index: int, found: Localization, images: PromptImages | None) -> di
         ],
         "protocol": json.dumps(found.protocol.to_dict(), sort_keys=True),
         "certificate": certificate,
-        "certificate_plot": (
-            _certificate_plot(index, found) if certificate and certificate.each_on else None
-        ),
+        "certificate_plot": (_certificate_plot(index, found) if certificate and certificate.each_on else None),
         "original": _data_uri(images.original) if images and images.original else None,
         "strips": [
             (name, {seed: _data_uri(image) for seed, image in strip.items()})
@@ -200,6 +188,8 @@ def _section(index: int, found: Localization, images: PromptImages | None) -> di
 
 
 def _score_plot(localizations: Sequence[Localization]) -> dict[str, str]:
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(width=max(4.5, min(11.0, 1.6 + 0.42 * len(localizations))), height=3.2)
     axes = figure.subplots()
     places = range(1, len(localizations) + 1)
@@ -228,15 +218,17 @@ def _score_plot(localizations: Sequence[Localization]) -> dict[str, str]:
         axes.axhline(threshold, color=_INK, linestyle="--", linewidth=1)
     axes.plot([], [], color=_INK, linestyle="--", linewidth=1, label="threshold τ")
     axes.set_xlabel("prompt")
-    axes.set_ylabel("similarity between seeds")
+    axes.set_ylabel("score (similarity)")
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.05)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0.4, len(localizations) + 0.6)
     axes.legend(loc="upper left", bbox_to_anchor=(0, 1.18), ncols=3, frameon=False)
     return _svg_uris(figure)
 
 
 def _layer_plot(localizations: Sequence[Localization]) -> dict[str, str]:
+    from matplotlib.ticker import MaxNLocator
+
     union = _union(localizations)
     figure = _figure(width=max(4.5, 1.2 + 0.75 * len(union.layers)), height=3.0)
     axes = figure.subplots()
@@ -247,7 +239,7 @@ def _layer_plot(localizations: Sequence[Localization]) -> dict[str, str]:
     )
     axes.bar_label(bars, color=_INK)
     axes.set_ylabel("neurons")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(axis="x", rotation=30 if len(union.layers) > 6 else 0)
     return _svg_uris(figure)
 
@@ -259,10 +251,10 @@ def _certificate_plot(index: int, found: Localization) -> dict[str, str]:
     figure = _figure(width=max(4.5, min(11.0, 1.6 + 0.34 * len(rows))), height=3.0)
     axes = figure.subplots()
     axes.bar(range(len(rows)), [row.score for row in rows], color=_BEFORE, width=0.8)
-    axes.axhline(found.threshold_used, color=_INK, linestyle="--", linewidth=1)
+    axes.axhline(found.certificate.threshold, color=_INK, linestyle="--", linewidth=1)
     axes.text(
         1.01,
-        found.threshold_used,
+        found.certificate.threshold,
         "τ",
         transform=axes.get_yaxis_transform(),
         va="center",
@@ -307,10 +299,7 @@ def _svg_uris(figure: Figure) -> dict[str, str]:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemo_ext"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode("utf-8")
-    return {
-        page: _as_uri("image/svg+xml", svg.replace(_INK, ink).encode("utf-8"))
-        for page, ink in _INKS.items()
-    }
+    return {page: _as_uri("image/svg+xml", svg.replace(_INK, ink).encode("utf-8")) for page, ink in _INKS.items()}
 
 
 # Images.
@@ -364,9 +353,10 @@ def contact_sheet(
     from PIL import Image as images
     from PIL import ImageDraw, ImageFont
 
-    font = ImageFont.load_default(max(10, size // 10))
+    text_size = max(10, size // 10)
+    font = ImageFont.load_default(text_size)
     gap, margin = max(2, size // 32), max(8, size // 16)
-    line = int(font.size * 1.3)
+    line = int(text_size * 1.3)
     label_width = size + size // 4 if any(name for name, _ in rows) else 0
     header = line + gap if columns else 0
     count = max((len(row) for _, row in rows), default=0)

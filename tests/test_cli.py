@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,7 @@ SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "report", "demo", "
 
 def nemo_ext(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does: in a process of its own."""
-    return subprocess.run(
-        command_line(*arguments), text=True, capture_output=True, check=False, timeout=300
-    )
+    return subprocess.run(command_line(*arguments), text=True, capture_output=True, check=False, timeout=300)
 
 
 def command_line(*arguments: object) -> list[str]:
@@ -90,9 +89,7 @@ def statistics(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFac
 def threshold(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `nemo-ext threshold` wrote."""
     out = tmp_path_factory.mktemp("threshold") / "threshold.json"
-    done = nemo_ext(
-        *("threshold", "--model", model, "--prompts", captions, "--seeds", 3, "--out", out)
-    )
+    done = nemo_ext(*("threshold", "--model", model, "--prompts", captions, "--seeds", 3, "--out", out))
     assert (done.returncode, done.stderr) == (0, "")
     return out
 
@@ -116,18 +113,14 @@ def results(
 
 
 class TestHelp:
-    def test_the_top_level_shows_the_order_of_work(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_top_level_shows_the_order_of_work(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
         shown = capsys.readouterr().out
         places = [shown.index(f"nemo-ext {step}") for step in SUBCOMMANDS[:5]]
         assert places == sorted(places)
 
     @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
-    def test_each_subcommand_gives_an_example(
-        self, subcommand: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_each_subcommand_gives_an_example(self, subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([subcommand, "--help"]) == 0
         assert f"example:\n  nemo-ext {subcommand}" in capsys.readouterr().out
 
@@ -136,9 +129,7 @@ class TestHelp:
             "import sys; from nemo_ext.cli import main; main(['localize', '--help']);"
             "sys.exit(str({'torch', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program], text=True, capture_output=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, check=False)
         assert done.stderr == "set()\n"
 
 
@@ -175,9 +166,7 @@ class TestTheWholeWay:
     def test_statistics_count_every_caption(self, planted: Planted, statistics: Path) -> None:
         assert ActivationStatistics.load(statistics).count == len(planted.ordinary_prompts)
 
-    def test_threshold_keeps_the_score_of_every_caption(
-        self, planted: Planted, threshold: Path
-    ) -> None:
+    def test_threshold_keeps_the_score_of_every_caption(self, planted: Planted, threshold: Path) -> None:
         kept = Threshold.load(threshold)
         assert len(kept.scores) == len(planted.ordinary_prompts)
         assert 0 < kept.value < 1
@@ -201,9 +190,7 @@ class TestTheWholeWay:
         assert list((results / "neurons").iterdir()) == [file]
         assert NeuronSet.load(file) == planted.neurons
 
-    def test_images_differ_with_the_neurons_off(
-        self, planted: Planted, model: Path, results: Path
-    ) -> None:
+    def test_images_differ_with_the_neurons_off(self, planted: Planted, model: Path, results: Path) -> None:
         name = prompt_name(0, planted.memorized_prompt)
         out = results / "images" / name
         done = nemo_ext(
@@ -240,9 +227,7 @@ class TestGoingOn:
             *("localize", "--model", model, "--statistics", statistics, "--threshold", 0.2),
             *("--seeds", 3, "--out", out, "--prompts", prompts),
         )
-        process = subprocess.Popen(
-            command_line(*arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        process = subprocess.Popen(command_line(*arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 300
         while not (out / "results.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -286,6 +271,20 @@ class TestGoingOn:
         assert (results / "results.jsonl").read_bytes() == before
 
 
+class TestInfo:
+    def test_tells_versions_and_build_for_people_and_for_programs(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["info"]) == 0
+        table = capsys.readouterr().out
+        assert main(["info", "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["packages"]["torch"] in table
+        assert facts["build"]["compiler"].split()[0] in table
+
+    def test_the_version_is_the_packages(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"nemo-ext {version('nemo_ext')}\n"
+
+
 class TestBadInput:
     """Exit code 1, one sentence on stderr, and nothing written."""
 
@@ -310,18 +309,14 @@ class TestBadInput:
             says=("no/such/folder", "doesn't exist"),
         )
 
-    def test_a_folder_that_is_no_pipeline(
-        self, failing: Callable[..., None], captions: Path, tmp_path: Path
-    ) -> None:
+    def test_a_folder_that_is_no_pipeline(self, failing: Callable[..., None], captions: Path, tmp_path: Path) -> None:
         failing(
             *("threshold", "--model", tmp_path, "--prompts", captions),
             out="t.json",
             says=("model_index.json",),
         )
 
-    def test_another_kind_of_pipeline(
-        self, failing: Callable[..., None], captions: Path, tmp_path: Path
-    ) -> None:
+    def test_another_kind_of_pipeline(self, failing: Callable[..., None], captions: Path, tmp_path: Path) -> None:
         (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
         failing(
             *("stats", "--model", tmp_path, "--prompts", captions),
@@ -341,9 +336,7 @@ class TestBadInput:
             says=("only safetensors are read", "unet"),
         )
 
-    def test_damaged_weights(
-        self, failing: Callable[..., None], model: Path, captions: Path, tmp_path: Path
-    ) -> None:
+    def test_damaged_weights(self, failing: Callable[..., None], model: Path, captions: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(model, tmp_path / "copy")
         weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -353,9 +346,7 @@ class TestBadInput:
             says=(str(copy), "can't be loaded"),
         )
 
-    def test_nan_in_weights(
-        self, failing: Callable[..., None], model: Path, captions: Path, tmp_path: Path
-    ) -> None:
+    def test_nan_in_weights(self, failing: Callable[..., None], model: Path, captions: Path, tmp_path: Path) -> None:
         copy = shutil.copytree(model, tmp_path / "copy")
         weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
         tensors = safetensors.torch.load_file(weights)
@@ -424,9 +415,7 @@ class TestBadInput:
             says=("mid_block.to_v",),
         )
 
-    def test_neurons_of_another_model(
-        self, failing: Callable[..., None], model: Path, tmp_path: Path
-    ) -> None:
+    def test_neurons_of_another_model(self, failing: Callable[..., None], model: Path, tmp_path: Path) -> None:
         neurons = tmp_path / "neurons.json"
         NeuronSet({"no.such.layer": [1]}).save(neurons)
         failing(
@@ -434,9 +423,7 @@ class TestBadInput:
             says=("no.such.layer",),
         )
 
-    @pytest.mark.parametrize(
-        ("content", "said"), [(b" \n\n", "empty"), (b"caf\xe9", "UTF-8"), (None, "doesn't exist")]
-    )
+    @pytest.mark.parametrize(("content", "said"), [(b" \n\n", "empty"), (b"caf\xe9", "UTF-8"), (None, "doesn't exist")])
     def test_prompt_files(
         self,
         failing: Callable[..., None],
@@ -459,9 +446,7 @@ class TestBadInput:
     ) -> None:
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("only one")
-        failing(
-            *("stats", "--model", model, "--prompts", prompts), out="s.safetensors", says=("two",)
-        )
+        failing(*("stats", "--model", model, "--prompts", prompts), out="s.safetensors", says=("two",))
 
     def test_missing_results(self, failing: Callable[..., None], tmp_path: Path) -> None:
         failing("report", "--results", tmp_path, out="r.html", says=("results.jsonl",))
@@ -479,18 +464,14 @@ class TestBadInput:
         assert_one_sentence(capsys.readouterr().err, str(captions), "can't be written")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-    def test_a_device_that_is_not_there(
-        self, failing: Callable[..., None], model: Path, captions: Path
-    ) -> None:
+    def test_a_device_that_is_not_there(self, failing: Callable[..., None], model: Path, captions: Path) -> None:
         failing(
             *("stats", "--model", model, "--prompts", captions, "--device", "cuda"),
             out="s.safetensors",
             says=("cuda", "--device cpu"),
         )
 
-    def test_control_characters_do_not_reach_the_terminal(
-        self, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_control_characters_do_not_reach_the_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("--results", "x\x1b[31mred", "--out", "report.html")
         assert main(["report", *arguments]) == 1
         assert "\x1b" not in capsys.readouterr().err
