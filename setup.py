@@ -16,6 +16,9 @@ from setuptools import Extension, setup
 
 TARGETED_TORCH = (2, 13)
 
+# The root and not csrc: a csrc on the include path would put its math.h before the system's.
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
 try:
     import pybind11
     import torch
@@ -73,14 +76,14 @@ setup(
                 "csrc/cpu/tile_avx512_bf16.cpp",
             ],
             py_limited_api=True,
-            include_dirs=[os.path.abspath("csrc")],
+            include_dirs=[ROOT],
             extra_compile_args=[*FLAGS, STABLE_ABI],
         ),
         Extension(
             "nemo_ext._module",
             ["csrc/module.cpp"],
             language="c++",
-            include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
+            include_dirs=[ROOT, pybind11.get_include()],
             extra_compile_args=FLAGS,
         ),
     ],

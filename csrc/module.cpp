@@ -2,7 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cpu/capability.h"
+#include "csrc/cpu/capability.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/capability.h"
+#include "csrc/cpu/capability.h"
 
 namespace nemo_ext::cpu {
 

@@ -3,18 +3,26 @@
 
 #include <cstdint>
 
-#include "cpu/tile.h"
+#include "csrc/cpu/tile.h"
 
 // Only what follows may use the target: every header is included before it.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
 #define NEMO_EXT_VARIANT avx2
 #define NEMO_EXT_LANES 8
 #define NEMO_EXT_ROWS 6
 #define NEMO_EXT_PAIRS false
 #define NEMO_EXT_F16C
-#include "cpu/tile_impl.h"
+#include "csrc/cpu/tile_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 nemo_ext::cpu::Variant nemo_ext::cpu::avx2_variant() {
   return avx2::kVariant;

@@ -3,19 +3,29 @@
 
 #include <cstdint>
 
-#include "cpu/tile.h"
+#include "csrc/cpu/tile.h"
 
 // Only what follows may use the target: every header is included before it.
+#if defined(__clang__)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
 #define NEMO_EXT_VARIANT avx512_bf16
 #define NEMO_EXT_LANES 16
 #define NEMO_EXT_ROWS 11  // 77 tokens of a CLIP text encoder are seven tiles
 #define NEMO_EXT_PAIRS true
 #define NEMO_EXT_F16C
 #define NEMO_EXT_BF16_DOT
-#include "cpu/tile_impl.h"
+#include "csrc/cpu/tile_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 nemo_ext::cpu::Variant nemo_ext::cpu::avx512_bf16_variant() {
   return avx512_bf16::kVariant;

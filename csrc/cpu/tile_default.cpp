@@ -3,13 +3,13 @@
 
 #include <torch/headeronly/util/Half.h>
 
-#include "cpu/tile.h"
+#include "csrc/cpu/tile.h"
 
 #define NEMO_EXT_VARIANT portable
 #define NEMO_EXT_LANES 4
 #define NEMO_EXT_ROWS 6
 #define NEMO_EXT_PAIRS false
-#include "cpu/tile_impl.h"
+#include "csrc/cpu/tile_impl.h"
 
 nemo_ext::cpu::Variant nemo_ext::cpu::default_variant() {
   return portable::kVariant;

@@ -12,9 +12,9 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/tile.h"
-#include "math.h"
+#include "csrc/checks.h"
+#include "csrc/cpu/tile.h"
+#include "csrc/math.h"
 
 namespace nemo_ext::cpu {
 namespace {
