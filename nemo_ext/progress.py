@@ -36,7 +36,8 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                # Not asked for on anything but a terminal, or by name.
+                console=Console(stderr=True, force_terminal=True),
             )
             self._bars.start()
         return self
