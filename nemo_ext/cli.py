@@ -488,9 +488,10 @@ def _threshold(args: argparse.Namespace) -> None:
 
 
 def _localize(args: argparse.Namespace) -> None:
-    from nemo_ext.files import check_output_folder, read_prompts
+    from nemo_ext.files import check_input_file, check_output_folder, read_prompts
 
     out = check_output_folder(args.out)
+    check_input_file(args.statistics, "statistics", "`nemo-ext stats`")
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
     from nemo_ext.localizer import RESULTS, Localizer, read_results
     from nemo_ext.scoring import Protocol, Threshold
@@ -546,9 +547,11 @@ def _report(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     from nemo_ext.atomic import replacing
-    from nemo_ext.files import check_output_folder
+    from nemo_ext.files import check_input_file, check_output_folder
 
     out = check_output_folder(args.out)
+    if args.neurons is not None:
+        check_input_file(args.neurons, "neurons", "`nemo-ext localize`")
     from nemo_ext.neurons import NeuronSet
     from nemo_ext.patching import patched
     from nemo_ext.report import contact_sheet

@@ -155,6 +155,25 @@ def prompt_name(index: int, prompt: str) -> str:
     return f"{index:04d}-{hashlib.sha256(prompt.encode('utf-8')).hexdigest()[:8]}"
 
 
+def check_input_file(path: str | Path, what: str, source: str) -> Path:
+    """Make sure that there is a file to read at `path`.
+
+    Args:
+        path: The file.
+        what: What it should hold, for the message.
+        source: Where such a file comes from, for the message.
+
+    Raises:
+        NemoError: There is none, or it can't be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise NemoError(f"there is no file {path} to read {what} from: {source} writes one")
+    if not os.access(path, os.R_OK):
+        raise NemoError(f"no permission to read {what} from {path}")
+    return path
+
+
 def check_output_file(path: str | Path, *, suffixes: tuple[str, ...] = ()) -> Path:
     """Make sure that a file can be written at `path`, before hours of work go into it.
 

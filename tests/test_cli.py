@@ -448,6 +448,26 @@ class TestBadInput:
         prompts.write_text("only one")
         failing(*("stats", "--model", model, "--prompts", prompts), out="s.safetensors", says=("two",))
 
+    def test_missing_statistics(self, failing: Callable[..., None], model: Path) -> None:
+        failing(
+            *("localize", "--model", model, "--prompt", "p", "--threshold", 0.4),
+            *("--statistics", "nowhere.safetensors"),
+            says=("nowhere.safetensors", "nemo-ext stats"),
+        )
+
+    def test_missing_neurons(self, failing: Callable[..., None], model: Path) -> None:
+        failing(
+            *("generate", "--model", model, "--prompt", "p", "--neurons", "nowhere.json"),
+            says=("nowhere.json", "nemo-ext localize"),
+        )
+
+    def test_a_file_that_holds_something_else(self, failing: Callable[..., None], model: Path, captions: Path) -> None:
+        failing(
+            *("localize", "--model", model, "--prompt", "p", "--threshold", 0.4),
+            *("--statistics", captions),
+            says=(str(captions), "does not hold activation statistics"),
+        )
+
     def test_missing_results(self, failing: Callable[..., None], tmp_path: Path) -> None:
         failing("report", "--results", tmp_path, out="r.html", says=("results.jsonl",))
 
