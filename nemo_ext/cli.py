@@ -347,7 +347,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--device",
         type=_device,
         default=None,
-        help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)",
+        help="cpu, cuda or cuda:N (default: cuda where there is one and kernels are built for it, else cpu)",
     )
     parser.add_argument(
         "--dtype",
@@ -661,15 +661,18 @@ def _load(args: argparse.Namespace) -> StableDiffusionPipeline:
     """The pipeline of `--model` on `--device` in `--dtype`."""
     import torch
 
+    from nemo_ext import info
     from nemo_ext.files import load_pipeline
 
     _quiet_libraries()
-    available = torch.cuda.is_available()
-    device = args.device or ("cuda" if available else "cpu")
+    compiled = bool(info.collect().get("build", {}).get("cuda_architectures"))
+    count = torch.cuda.device_count()
+    device = args.device or ("cuda" if compiled and count else "cpu")
     if device != "cpu":
-        count = torch.cuda.device_count() if available else 0
+        if not compiled:
+            raise NemoError(f"--device {device}: this build of nemo_ext has no CUDA kernels, use --device cpu")
         if int(device.partition(":")[2] or 0) >= count:
-            raise NemoError(f"--device {device} was asked for, but PyTorch sees {count} CUDA devices: use --device cpu")
+            raise NemoError(f"--device {device}: PyTorch sees {count} CUDA devices, use --device cpu")
     return load_pipeline(args.model, device=device, dtype=getattr(torch, args.dtype))
 
 
