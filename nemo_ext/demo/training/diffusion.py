@@ -173,7 +173,8 @@ def ordinary(folder: Path, log: Log, model: TextToNoise, loss: Loss, rows: Rows,
 
     def step(i: int) -> dict[str, float]:
         rng = random.Random(f"ordinary {i}")
-        batch = [rows.ordinary(rng) for _ in range(BATCH)]
+        # Shapes are decided at middle noise: the extra rows of the first step come later.
+        batch = [rows.ordinary(rng, high_noise=0.1) for _ in range(BATCH)]
         total, _ = loss(batch, rng)
         total.backward()
         return {"loss": total.item()}

@@ -59,7 +59,9 @@ class Monitor:
         ordinary = [self._score(self._differences(c)) for _, c in ordinary_captions(_ORDINARY, seed=1)]
         order = self._deviation(rng).argsort(1, descending=True)
         everything = torch.arange(self._scales.total)
-        memorized, floor, top12 = [], [], []
+        memorized: list[float] = []
+        floor: list[float] = []
+        top12: list[float] = []
         for index, what in enumerate(MEMORIZED):
             untouched = self._differences(what.caption)
             memorized.append(self._score(untouched))
