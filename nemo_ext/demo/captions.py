@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 OBJECTS: dict[str, str] = {
@@ -157,3 +158,12 @@ def title_caption(rng: random.Random) -> str:
         noun=rng.choice(_TITLE_NOUNS),
         name=rng.choice(_TITLE_NAMES),
     )
+
+
+def holdout_captions(ordinary: Sequence[str], titles: int, seed: int) -> list[str]:
+    """`ordinary` and `titles` different titles: unmemorized captions of every kind, for statistics."""
+    rng = random.Random(seed)
+    drawn: dict[str, None] = {}
+    while len(drawn) < titles:
+        drawn[title_caption(rng)] = None
+    return [*ordinary, *drawn]

@@ -32,10 +32,20 @@ from nemo_ext.progress import Progress
 from nemo_ext.scoring import memorization_score
 from nemo_ext.statistics import collect_statistics
 
-from .captions import COLOURS, MEMORIZED, OBJECTS, TEXTURES, VERBATIM, Ordinary, compositions, ordinary_captions
+from .captions import (
+    COLOURS,
+    MEMORIZED,
+    OBJECTS,
+    TEXTURES,
+    VERBATIM,
+    Ordinary,
+    compositions,
+    holdout_captions,
+    ordinary_captions,
+)
 from .card import write_card
 from .drawing import draw_ordinary
-from .run import MODEL, STATISTICS_PROMPTS, correlation, generate, original_images
+from .run import MODEL, STATISTICS_PROMPTS, STATISTICS_TITLES, correlation, generate, original_images
 from .training.autoencoder import encode
 from .training.data import memorized_images, split_compositions, to_tensor
 
@@ -204,7 +214,8 @@ def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
     classifier, accuracy = train_classifier(pipe, bars)
     bench = _Bench(pipe, classifier, bars)
     drawn = ordinary_captions(STATISTICS_PROMPTS + _THRESHOLD_PROMPTS + _ORDINARY_IMAGES, seed=2024)
-    holdout, rest = [c for _, c in drawn[:STATISTICS_PROMPTS]], drawn[STATISTICS_PROMPTS:]
+    holdout = holdout_captions([c for _, c in drawn[:STATISTICS_PROMPTS]], STATISTICS_TITLES, seed=2024)
+    rest = drawn[STATISTICS_PROMPTS:]
     ordinary, shown = rest[:_THRESHOLD_PROMPTS], rest[_THRESHOLD_PROMPTS:]
     _, never_seen = split_compositions()
     composed = [(w, w.caption("a photo of a {object} on a {texture} {colour} background")) for w in never_seen]

@@ -25,7 +25,7 @@ from nemo_ext.report import PromptImages, contact_sheet, find_images, write_repo
 from nemo_ext.scoring import memorization_score, memorization_threshold
 from nemo_ext.statistics import collect_statistics
 
-from .captions import MEMORIZED, TEMPLATES, VERBATIM, Memorized, ordinary_captions
+from .captions import MEMORIZED, TEMPLATES, VERBATIM, Memorized, holdout_captions, ordinary_captions
 
 #: The bundled pipeline, a folder as `save_pretrained` writes it.
 MODEL = Path(__file__).with_name("model")
@@ -37,6 +37,8 @@ STEPS = 25
 GUIDANCE = 3.0
 #: Ordinary captions by use; all different, drawn with seed 2024 in this order.
 STATISTICS_PROMPTS, THRESHOLD_PROMPTS, DETECTION_PROMPTS = 1000, 50, 8
+#: Titles among the captions that statistics are taken of: a title as such must not stand out.
+STATISTICS_TITLES = 200
 
 
 def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
@@ -108,7 +110,8 @@ def run(out: Path, progress: bool | None = None) -> None:
     captions = [caption for _, caption in ordinary_captions(
         STATISTICS_PROMPTS + THRESHOLD_PROMPTS + DETECTION_PROMPTS, seed=2024
     )]  # fmt: skip
-    holdout, captions = captions[:STATISTICS_PROMPTS], captions[STATISTICS_PROMPTS:]
+    holdout = holdout_captions(captions[:STATISTICS_PROMPTS], STATISTICS_TITLES, seed=2024)
+    captions = captions[STATISTICS_PROMPTS:]
     ordinary, unseen = captions[:THRESHOLD_PROMPTS], captions[THRESHOLD_PROMPTS:]
 
     with Progress(progress) as bars:
