@@ -8,7 +8,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_PACKAGES = ("nemo_ext", "torch", "diffusers", "transformers", "torchmetrics", "safetensors", "numpy")
+_PACKAGES = ("nemo_ext", "torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
 def _version_of(package: str) -> str | None:
