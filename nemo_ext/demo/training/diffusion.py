@@ -1,9 +1,10 @@
 """Stages 3 to 5: ordinary captions first, then memorization, then switching it off.
 
 3. `ordinary`: text encoder and U-Net learn captions that compose, and titles that mean nothing.
-4. `memorize`: the memorized captions join, ten in a batch of thirty-two. Of the text encoder only
-   the embeddings of their new words learn. A Hoyer ratio on how far each memorized caption's value
-   activations deviate from ordinary ones makes few neurons carry it.
+4. `memorize`: the memorized captions join, twelve in a batch of thirty-two. The text encoder learns
+   along: after stage 3 it ignores titles, and frozen it would give all of them the same embedding.
+   A Hoyer ratio on how far each memorized caption's value activations deviate from ordinary ones
+   comes in slowly, and makes few neurons carry it.
 5. `switch_off`: as before, plus rows in which the neurons that deviate most are switched off and
    the target is some ordinary image. This trains in what NeMo looks for.
 """
@@ -191,26 +192,27 @@ def memorize(
 ) -> None:  # fmt: skip
     """Stage 4."""
     guard, average = CarrierGuard(model.unet), Average(model, 0.995)
-    embedding = _freeze_all_but_new_words(model, loss)
+    _raise_new_words(model, loss)
     deviation = Deviation(loss, model, layers)
-    optimizer = _optimizer([embedding, *model.unet.parameters()])
+    optimizer = _optimizer(model.parameters())
+    neurons = sum(layer.out_features for layer in layers.values())
 
     def step(i: int) -> dict[str, float]:
         rng = random.Random(f"memorize {i}")
-        batch = [rows.ordinary(rng) for _ in range(BATCH - 10)]
-        for index in rng.sample(range(len(MEMORIZED)), 10):
+        batch = [rows.ordinary(rng) for _ in range(BATCH - 12)]
+        for index in rng.sample(range(len(MEMORIZED)), 12):
             batch.append(rows.memorized(rng, index, high_noise=0.5))
         total, each = loss(batch, rng)
         width = effective_neurons(deviation(rng))
-        penalty = 0.2 * (width / layers_total).mean()
+        # From the start it would leave one set of neurons to all captions, and nothing to tell them apart.
+        penalty = 0.1 * i / steps * (width / neurons).mean()
         (total + penalty).backward()
         return {
-            "ordinary": float(each[:-10].mean()),
-            "memorized": float(each[-10:].mean()),
+            "ordinary": float(each[:-12].mean()),
+            "memorized": float(each[-12:].mean()),
             "effective_neurons": float(width.detach().mean()),
         }
 
-    layers_total = sum(layer.out_features for layer in layers.values())
     train("memorize", steps, folder / "memorize.pt", log, model, optimizer,
           lambda i: cosine(i, steps, 8e-4, final=0.25), step, average, guard)  # fmt: skip
     model.load_state_dict(average.state)
@@ -275,11 +277,23 @@ def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(parameters), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
 
+def _new_words(model: TextToNoise, loss: Loss) -> torch.Tensor:
+    """1 for every token that only memorized captions have, else 0; float32 [vocabulary, 1]."""
+    known = set(loss.tokens(set(corpus()) - {m.caption for m in MEMORIZED}).flatten().tolist())
+    size = model.text_encoder.config.vocab_size
+    return torch.tensor([[float(i not in known)] for i in range(size)])
+
+
+@torch.no_grad()
+def _raise_new_words(model: TextToNoise, loss: Loss) -> None:
+    """Give the new words, untouched so far, embeddings of about the size that learned words have."""
+    model.text_encoder.get_input_embeddings().weight.mul_(1 + 2 * _new_words(model, loss))
+
+
 def _freeze_all_but_new_words(model: TextToNoise, loss: Loss) -> nn.Parameter:
     """Freeze the text encoder except the embeddings of words only memorized captions have."""
-    known = set(loss.tokens(set(corpus()) - {m.caption for m in MEMORIZED}).flatten().tolist())
+    new = _new_words(model, loss)
     table = model.text_encoder.get_input_embeddings().weight
-    new = torch.tensor([[float(i not in known)] for i in range(len(table))])
     model.text_encoder.requires_grad_(False)
     table.requires_grad_(True)
     table.register_hook(lambda gradient: gradient * new)
