@@ -110,9 +110,9 @@ def train_classifier(pipe: StableDiffusionPipeline, bars: Progress) -> tuple[Cla
     torch.manual_seed(0)
     _, held_out = split_compositions()
     drawn, labels = _fresh(_CLASSIFIER_IMAGES, 1, compositions())
-    # Half as drawn, half as the autoencoder blurs them: generated images look like the latter.
-    half = len(drawn) // 2
-    ordinary = to_tensor(np.concatenate([drawn[:half], _through(pipe, drawn[half:])]))
+    # A third as the autoencoder blurs them: that is what generated images look like.
+    third = len(drawn) // 3
+    ordinary = to_tensor(np.concatenate([_through(pipe, drawn[:third]), drawn[third:]]))
     memorized = memorized_images()
     own = to_tensor(np.concatenate([memorized.images, _through(pipe, memorized.images)]))
     owner = torch.tensor(memorized.owner * 2)
