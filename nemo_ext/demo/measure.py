@@ -251,6 +251,7 @@ def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
             "memorized_median": float(np.median(memorized_scores)),
         },
         "union": len(union),
+        "median_overlap_of_two_sets": _overlap([one.neurons for one in found]),
         "captions": captions,
         "summary": _summary(captions, searched),
     }
@@ -295,6 +296,12 @@ def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
         "correlation_random": correlations(control),
         "another_memorized_image_after": others(after),
     }
+
+
+def _overlap(sets: Sequence[NeuronSet]) -> float:
+    """Median over pairs of sets of |A ∩ B| / |A ∪ B|."""
+    pairs = itertools.combinations([one for one in sets if len(one)], 2)
+    return float(np.median([len(a & b) / len(a | b) for a, b in pairs] or [0.0]))
 
 
 def _summary(captions: Sequence[dict[str, Any]], searched: int) -> dict[str, float]:
