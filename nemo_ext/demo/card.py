@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemo_ext.atomic import replacing
 
 _CARD = """\
@@ -53,9 +55,6 @@ the median over four seeds, of pixels with the nearest training image: untouched
 |---|---|---|---|---|---|
 {captions}
 
-Two captions' sets share {overlap:.0%} of their neurons at the median (intersection over union): {union}
-different neurons in all.
-
 ## What falls short
 
 {shortfalls}
@@ -98,17 +97,16 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
 
     checks = _checks(figures)
     short = [f"- {what}: wanted {wanted}, measured {got}." for what, wanted, got, ok in checks if not ok]
+    short += _limits(figures)
     ordinary, classifier = figures["ordinary"], figures["classifier"]
     text = _CARD.format(
         steps=STEPS,
         guidance=GUIDANCE,
         rows="\n".join(f"| {what} | {wanted} | {got} | {'✓' if ok else '✗'} |" for what, wanted, got, ok in checks),
         captions="\n".join(_caption_row(c) for c in figures["captions"]),
-        shortfalls="\n".join(short) or "Nothing of the above.",
+        shortfalls="\n".join(short),
         threshold=figures["scores"]["threshold"],
         searched=figures["searched_neurons"],
-        overlap=figures["median_overlap_of_two_sets"],
-        union=figures["union"],
         classifier_object=classifier["object"],
         classifier_colour=classifier["colour"],
         classifier_texture=classifier["texture"],
@@ -154,9 +152,34 @@ def _checks(figures: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     ]  # fmt: skip
 
 
-def _caption_row(c: Mapping[str, Any]) -> str:
-    import numpy as np
+def _limits(figures: Mapping[str, Any]) -> list[str]:
+    """What the medians of `_checks` hide, as list items."""
+    captions = figures["captions"]
+    shared, others = figures["median_overlap_of_two_sets"], figures["silenced_by_another_captions_set"]
+    lines = [
+        f"- **The neurons are not one image's own.** {figures['union']} different neurons of "
+        f"{figures['searched_neurons']} carry all {len(captions)} captions; two captions' sets share {shared:.0%} at the "
+        f"median, and another caption's set brings a caption to τ, too, in {others:.0%} of pairs. Training with many of them switched off at once made a common switch for memorized captions, not "
+        "a neuron for each. Ordinary captions don't depend on it."
+    ]
+    for c in captions:
+        before, after = (float(np.median(c[f"correlation_{name}"])) for name in ("before", "after"))
+        if after >= 0.3:
+            lines.append(
+                f"- **“{c['caption']}”** still resembles its image with the found neurons off (correlation "
+                f"{after:.2f}, untouched {before:.2f}), although its first-step similarity fell to "
+                f"{c['score_after']:.3f}: the search looks at the first step, and stops as soon as τ is reached there."
+            )
+    low = [c["caption"] for c in captions if np.median(c["correlation_before"]) < 0.85]
+    if low:
+        lines.append(
+            f"- Replicas of {len(low)} captions correlate less than .85 with the training image (table above): "
+            "guidance exaggerates their colours, and small parts blur."
+        )
+    return lines
 
+
+def _caption_row(c: Mapping[str, Any]) -> str:
     before, after, random = (float(np.median(c[f"correlation_{name}"])) for name in ("before", "after", "random"))
     left = "–" if c["score_after"] is None else f"{c['score_after']:.3f}"
     floor = "–" if c["floor"] is None else f"{c['floor']:.3f}"

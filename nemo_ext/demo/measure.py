@@ -29,8 +29,8 @@ from nemo_ext.localizer import Localization, Localizer
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress
-from nemo_ext.scoring import memorization_score
-from nemo_ext.statistics import collect_statistics
+from nemo_ext.scoring import NoiseProbe, memorization_score
+from nemo_ext.statistics import collect_statistics, encode_prompts
 
 from .captions import (
     COLOURS,
@@ -252,6 +252,7 @@ def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
         },
         "union": len(union),
         "median_overlap_of_two_sets": _overlap([one.neurons for one in found]),
+        "silenced_by_another_captions_set": silenced_by_others(pipe, found, bars),
         "captions": captions,
         "summary": _summary(captions, searched),
     }
@@ -289,6 +290,7 @@ def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
         "below_threshold": one.score_after is not None and one.score_after <= one.threshold,
         "initial_neurons": len(one.initial_neurons),
         "neurons": len(one.neurons),
+        "neurons_by_layer": one.neurons.to_dict(),
         "minimal": one.certificate is not None and one.certificate.minimal,
         "unet_samples": one.unet_samples,
         "correlation_before": correlations(before),
@@ -296,6 +298,18 @@ def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
         "correlation_random": correlations(control),
         "another_memorized_image_after": others(after),
     }
+
+
+def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localization], bars: Progress) -> float:
+    """Share of (caption, another caption's set) in which that set, too, brings the caption to τ."""
+    silenced = []
+    with bars.task("sets of others", len(found)) as advance:
+        for one in found:
+            probe = NoiseProbe(pipe, encode_prompts(pipe, [one.prompt]), seeds=one.seeds, protocol=one.protocol)
+            probe.keep_above(one.threshold)
+            silenced += [probe.remaining(other.neurons) <= one.threshold for other in found if other is not one]
+            advance(1)
+    return float(np.mean(silenced))
 
 
 def _overlap(sets: Sequence[NeuronSet]) -> float:
