@@ -158,9 +158,10 @@ def _limits(figures: Mapping[str, Any]) -> list[str]:
     shared, others = figures["median_overlap_of_two_sets"], figures["silenced_by_another_captions_set"]
     lines = [
         f"- **The neurons are not one image's own.** {figures['union']} different neurons of "
-        f"{figures['searched_neurons']} carry all {len(captions)} captions; two captions' sets share {shared:.0%} at the "
-        f"median, and another caption's set brings a caption to τ, too, in {others:.0%} of pairs. Training with many of them switched off at once made a common switch for memorized captions, not "
-        "a neuron for each. Ordinary captions don't depend on it."
+        f"{figures['searched_neurons']} carry all {len(captions)} captions; two captions' sets share {shared:.0%} at "
+        f"the median, and another caption's set brings a caption to τ, too, in {others:.0%} of pairs. Training with "
+        "many of them switched off at once made a common switch for memorized captions, not a neuron for each. "
+        "Ordinary captions don't depend on it."
     ]
     for c in captions:
         before, after = (float(np.median(c[f"correlation_{name}"])) for name in ("before", "after"))

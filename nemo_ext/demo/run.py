@@ -144,7 +144,7 @@ def run(out: Path, progress: bool | None = None) -> None:
     write_report(out / "report.html", found, images=find_images(out, found), title="nemo-ext demo")
     console.print(_detection_table(scores, float(threshold)))
     console.print(_result_table(found, pictures))
-    console.print(_next_steps(out), markup=False, highlight=False)
+    console.print(_next_steps(out), markup=False, highlight=False, soft_wrap=True)
 
 
 def _before_and_after(
@@ -178,7 +178,8 @@ def _sheet(found: Sequence[Localization], pictures: Sequence[PromptImages]) -> I
     rows: list[tuple[str, Sequence[Any]]] = []
     for one, images in zip(found, pictures, strict=True):
         rows.append((one.prompt, [images.original, *images.before.values()]))
-        rows.append((f"{len(one.neurons)} neurons off", [None, *images.after.values()]))
+        count = len(one.neurons)
+        rows.append((f"{count} neuron{'' if count == 1 else 's'} off", [None, *images.after.values()]))
     return contact_sheet(rows, columns=["training image", *(f"seed {seed}" for seed in pictures[0].before)], size=96)
 
 
