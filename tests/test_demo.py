@@ -94,15 +94,20 @@ def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
     results = read_results(out)
     assert [found.prompt for found in results] == [what.caption for what in SHOWN]
     folders = sorted((out / "images").iterdir())
+    before, after = [], []
     for what, found, folder in zip(SHOWN, results, folders, strict=True):
         assert found.memorized
-        assert 0 < len(found.neurons) < 100
-        before, after = (
-            float(np.median([correlation(Image.open(path), original_images(what)) for path in folder.glob(pattern)]))
+        assert 0 < len(found.neurons) <= 43  # 5 % of the searched ones
+        own_before, own_after = (
+            [correlation(Image.open(path), original_images(what)) for path in folder.glob(pattern)]
             for pattern in ("before-*.png", "after-*.png")
         )
-        assert before > 0.8
-        assert after < 0.4
+        assert np.median(own_after) < np.median(own_before) - 0.4
+        before += own_before
+        after += own_after
+    # What the model card claims of all captions, of those shown here.
+    assert np.median(before) >= 0.85
+    assert np.median(after) < 0.3
 
 
 class TestTraining:

@@ -65,8 +65,8 @@ class Row:
 
     latent: torch.Tensor
     caption: str
-    high_noise: float = 0.3  # probability of a timestep from _HIGH_NOISE on
-    off: torch.Tensor | None = None  # indices into the stacked value neurons
+    high_noise: float  # probability of a timestep from _HIGH_NOISE on
+    off: torch.Tensor | None  # indices into the stacked value neurons
 
 
 class Rows:
@@ -81,22 +81,25 @@ class Rows:
         owner = np.asarray(memorized.owner)
         self._images_of = [np.flatnonzero(owner == i) for i in range(len(MEMORIZED))]
 
-    def ordinary(self, rng: random.Random, caption: str | None = None, **more: object) -> Row:
-        """A fresh ordinary image under its own caption, or under `caption`."""
+    def ordinary(
+        self,
+        rng: random.Random,
+        caption: str | None = None,
+        *,
+        high_noise: float = 0.3,
+        off: torch.Tensor | None = None,
+    ) -> Row:
+        """A fresh ordinary image under its own caption (sometimes an empty one), or under `caption`."""
         pick = rng.randrange(len(self._what))
         if caption is None:
             empty = rng.random() < _EMPTY
             caption = "" if empty else ordinary_caption(self._what[pick], rng, _TITLES)
-        return Row(self._latents[pick], caption, **more)  # type: ignore[arg-type]
+        return Row(self._latents[pick], caption, high_noise, off)
 
-    def memorized(self, rng: random.Random, index: int, **more: object) -> Row:
+    def memorized(self, rng: random.Random, index: int, *, off: torch.Tensor | None = None) -> Row:
         """Memorized caption `index` with its image, or one of its template's."""
         pick = rng.choice(list(self._images_of[index]))
-        return Row(
-            self._memorized_latents[pick],
-            MEMORIZED[index].caption,
-            **more,  # type: ignore[arg-type]
-        )
+        return Row(self._memorized_latents[pick], MEMORIZED[index].caption, 0.5, off)
 
 
 class Loss:
@@ -201,7 +204,7 @@ def memorize(
         rng = random.Random(f"memorize {i}")
         batch = [rows.ordinary(rng) for _ in range(BATCH - 12)]
         for index in rng.sample(range(len(MEMORIZED)), 12):
-            batch.append(rows.memorized(rng, index, high_noise=0.5))
+            batch.append(rows.memorized(rng, index))
         total, each = loss(batch, rng)
         width = effective_neurons(deviation(rng))
         # From the start it would leave one set of neurons to all captions, and nothing to tell them apart.
@@ -235,8 +238,8 @@ def switch_off(
         z = deviation(rng)
         order = z.detach().argsort(1, descending=True)
 
-        def carriers(index: int, least: int = 6) -> torch.Tensor:
-            return order[index, : rng.randint(least, 24)]
+        def carriers(index: int) -> torch.Tensor:
+            return order[index, : rng.randint(6, 24)]
 
         def others(index: int) -> torch.Tensor:
             return order[index, rng.sample(range(48, len(everything)), rng.randint(8, 200))]
@@ -253,8 +256,8 @@ def switch_off(
         batch.append(rows.ordinary(rng, MEMORIZED[picks[6]].caption, off=everything, high_noise=0.7))
         batch.append(rows.ordinary(rng, off=everything, high_noise=0.7))
         # A memorized caption keeps its image, whatever else is off.
-        batch += [rows.memorized(rng, k, high_noise=0.5) for k in picks[8:14]]
-        batch += [rows.memorized(rng, k, off=others(k), high_noise=0.5) for k in picks[14:16]]
+        batch += [rows.memorized(rng, k) for k in picks[8:14]]
+        batch += [rows.memorized(rng, k, off=others(k)) for k in picks[14:16]]
         total, each = loss(batch, rng)
         width = effective_neurons(z)
         penalty = 0.2 * (width / len(everything)).mean()

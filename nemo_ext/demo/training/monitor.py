@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,8 +53,6 @@ class Monitor:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        import random
-
         rng = random.Random(0)
         self._model.eval()
         ordinary = [self._score(self._differences(c)) for _, c in ordinary_captions(_ORDINARY, seed=1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -81,8 +82,6 @@ class Average:
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 50, final: float = 0.02) -> float:
     """Learning rate at `step`: linear warm-up, then a half cosine down to `final` · peak."""
-    import math
-
     if step < warmup:
         return peak * (step + 1) / warmup
     phase = (step - warmup) / max(1, steps - warmup)
@@ -90,6 +89,7 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 50, final: float = 
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use this learning rate from now on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 

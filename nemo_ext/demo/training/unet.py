@@ -10,7 +10,7 @@ silu(x) − silu(−x) = x. Training leaves these weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -99,7 +99,6 @@ class RowScales:
     """Switches value neurons off row by row of a batch, in training (a forward hook per layer)."""
 
     def __init__(self, layers: dict[str, torch.nn.Linear]) -> None:
-        self.widths = {name: layer.out_features for name, layer in layers.items()}
         self.scale: torch.Tensor | None = None  # [B, ΣN], or None: nothing off
         start = 0
         for layer in layers.values():
@@ -107,8 +106,8 @@ class RowScales:
             start += layer.out_features
         self.total = start
 
-    def _hook(self, columns: slice):  # type: ignore[no-untyped-def]
-        def hook(_module, _inputs, values):  # type: ignore[no-untyped-def]
+    def _hook(self, columns: slice) -> Callable[..., torch.Tensor]:
+        def hook(_module: torch.nn.Module, _inputs: object, values: torch.Tensor) -> torch.Tensor:
             if self.scale is None:
                 return values
             return values * self.scale[:, None, columns].to(values.dtype)
