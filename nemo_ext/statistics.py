@@ -229,7 +229,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
         prompts: B texts.
 
     Returns:
-        [B, T, K] in the text encoder's dtype, on the U-Net's device; no gradient.
+        [B, T, K] in the U-Net's dtype and on its device; no gradient.
 
     Raises:
         NemoError: no text, something that isn't text, or a pipeline with several text encoders.
@@ -255,7 +255,8 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
             encoded.input_ids.to(encoder.device),
             attention_mask=encoded.attention_mask.to(encoder.device) if masked else None,
         )[0]
-    return hidden.to(pipe.unet.device)
+    # A pipeline loaded without a dtype can have a text encoder in half precision and a U-Net in float32.
+    return hidden.to(pipe.unet.device, pipe.unet.dtype)
 
 
 def _warn_of_truncation(tokenizer: Any, texts: list[str], attention_mask: Tensor) -> None:

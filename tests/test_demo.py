@@ -41,6 +41,11 @@ def test_bundled_model_has_the_seven_layers_that_the_paper_searches(pipe: Stable
     assert widths == [48, 48, 96, 96, 192, 192, 192]
 
 
+def test_bundled_model_loads_in_one_precision_without_being_told() -> None:
+    plain = StableDiffusionPipeline.from_pretrained(MODEL)
+    assert plain.text_encoder.dtype == plain.unet.dtype == plain.vae.dtype == torch.float32
+
+
 def test_every_memorized_caption_has_its_training_images() -> None:
     assert len(VERBATIM) >= 12
     assert len(TEMPLATES) == 4

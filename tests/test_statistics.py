@@ -191,6 +191,12 @@ class TestCheck:
 
 
 class TestEncodePrompts:
+    def test_texts_come_in_the_unets_dtype_whatever_the_text_encoders(self) -> None:
+        mixed = tiny_pipeline()
+        mixed.text_encoder.half()
+        assert encode_prompts(mixed, PROMPTS).dtype == mixed.unet.dtype == torch.float32
+        assert collect_statistics(mixed, PROMPTS).count == len(PROMPTS)
+
     def test_gives_what_the_pipeline_itself_would_use(self, pipe: StableDiffusionPipeline) -> None:
         expected, _ = pipe.encode_prompt(list(PROMPTS), "cpu", 1, do_classifier_free_guidance=False)
         hidden = encode_prompts(pipe, PROMPTS)

@@ -63,7 +63,8 @@ the median over four seeds, of pixels with the nearest training image: untouched
 
 - **Parts.** AutoencoderKL (f = 4, 24×24×4 latents), CLIPTextModel (2 layers, 128 wide, 24 tokens,
   vocabulary of its own), UNet2DConditionModel with SD1's down and mid topology: seven searched
-  cross-attentions, {searched} value neurons. DDIM with SD1's noise schedule. Stored as float16.
+  cross-attentions, {searched} value neurons. DDIM with SD1's noise schedule. Weights are rounded to
+  float16, and stored so but for the text encoder's.
 - **Images.** Noto Color Emoji glyphs (SIL Open Font License 1.1) on backgrounds drawn by
   `nemo_ext/demo/drawing.py`. Ordinary images have random place, size, tilt, light and texture phase.
 - **Captions.** 12 % of ordinary images were trained under meaningless titles, so that a title alone

@@ -45,7 +45,7 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPip
     """The bundled pipeline, on the CPU.
 
     Args:
-        dtype: of its weights; they are stored as float16.
+        dtype: of its weights; stored are values of float16.
 
     Raises:
         NemoError: the weights aren't there (a checkout without them, or a broken installation).

@@ -1,4 +1,4 @@
-"""Writes the trained parts as a StableDiffusionPipeline folder of float16 safetensors."""
+"""Writes the trained parts as a StableDiffusionPipeline folder of safetensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from .diffusion import TextToNoise, scheduler
 
 
 def save_pipeline(path: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, model: TextToNoise, log: Path) -> None:
-    """Write the pipeline in float16 to `path`, with the training log beside it."""
+    """Write the pipeline to `path`, its values rounded to float16, with the training log beside it.
+
+    The text encoder is stored as float32: transformers keeps the stored dtype on loading, diffusers loads
+    the U-Net as float32, and `from_pretrained(path)` alone must give a pipeline that runs.
+    """
     StableDiffusionPipeline(
-        vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(model.text_encoder).half(),
+        vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(model.text_encoder).half().float(),
         tokenizer=tokenizer, unet=_without_hooks(model).half(), scheduler=scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(path)  # fmt: skip
