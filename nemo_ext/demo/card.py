@@ -160,9 +160,9 @@ def _limits(figures: Mapping[str, Any]) -> list[str]:
     lines = [
         f"- **The neurons are not one image's own.** {figures['union']} different neurons of "
         f"{figures['searched_neurons']} carry all {len(captions)} captions; two captions' sets share {shared:.0%} at "
-        f"the median, and another caption's set brings a caption to τ, too, in {others:.0%} of pairs. Training with "
-        "many of them switched off at once made a common switch for memorized captions, not a neuron for each. "
-        "Ordinary captions don't depend on it."
+        f"the median, and another caption's set brings a caption to τ, too, in {others:.0%} of pairs. They "
+        "are a common switch for memorized captions. Why was not tested; likely because the last training stage "
+        "switched the strongest neurons off and never asked whose they were. Ordinary captions don't need them."
     ]
     for c in captions:
         before, after = (float(np.median(c[f"correlation_{name}"])) for name in ("before", "after"))
