@@ -12,10 +12,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from nemo_ext import memorization_score
-from nemo_ext.demo import load_demo_pipeline, original_images
+from nemo_ext.demo import load_demo_pipeline, original_images, run
 from nemo_ext.demo.captions import MEMORIZED, OBJECTS, TEMPLATES, VERBATIM, compositions, ordinary_captions
 from nemo_ext.demo.card import write_card
 from nemo_ext.demo.run import MODEL, SHOWN, correlation
+from nemo_ext.errors import NemoError
 from nemo_ext.layers import model_fingerprint, value_layers
 from nemo_ext.localizer import read_results
 
@@ -85,6 +86,17 @@ def test_correlation_is_with_the_nearest_original() -> None:
     assert abs(correlation(first, [second])) < 0.5
 
 
+@pytest.mark.parametrize("own", ["images/holiday.png", "results.jsonl"])
+def test_demo_leaves_a_folder_with_other_files_alone(tmp_path: Path, own: str) -> None:
+    mine = tmp_path / own
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine\n")
+    with pytest.raises(NemoError):
+        run(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine\n"
+
+
 @pytest.mark.slow
 def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
     out = tmp_path / "nemo-demo"
@@ -116,7 +128,7 @@ def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
 
 
 class TestTraining:
-    """What makes the training script trustworthy; a whole run takes two hours."""
+    """What makes the training script trustworthy; a whole run takes longer than a test may."""
 
     def test_untrained_unet_predicts_exactly_the_noise_it_is_given(self) -> None:
         from nemo_ext.demo.training import unet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rich.table import Table
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
 from nemo_ext.files import load_pipeline, prompt_name
-from nemo_ext.localizer import Localization, Localizer
+from nemo_ext.localizer import RESULTS, Localization, Localizer, read_results
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress
@@ -41,11 +40,8 @@ STATISTICS_PROMPTS, THRESHOLD_PROMPTS, DETECTION_PROMPTS = 1000, 50, 8
 STATISTICS_TITLES = 200
 
 
-def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """The bundled pipeline, on the CPU.
-
-    Args:
-        dtype: of its weights; stored are values of float16.
+def load_demo_pipeline() -> StableDiffusionPipeline:
+    """The bundled pipeline, float32 on the CPU.
 
     Raises:
         NemoError: the weights aren't there (a checkout without them, or a broken installation).
@@ -55,7 +51,7 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPip
             f"the demo model is missing from {MODEL}: install nemo_ext whole, or train it with "
             "python -m nemo_ext.demo.training"
         )
-    return load_pipeline(MODEL, dtype=dtype)
+    return load_pipeline(MODEL)
 
 
 def original_images(what: Memorized) -> list[Image.Image]:
@@ -79,7 +75,6 @@ def generate(
     pipe: StableDiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    guidance: float = GUIDANCE,
 ) -> list[Image.Image]:
     """One image for each prompt and its seed, 25 DDIM steps; the seed alone decides the noise."""
     images: list[Image.Image] = []
@@ -88,23 +83,32 @@ def generate(
         images += pipe(
             list(prompts[chunk]),
             num_inference_steps=STEPS,
-            guidance_scale=guidance,
+            guidance_scale=GUIDANCE,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
         ).images
     return images
 
 
-def run(out: Path, progress: bool | None = None) -> None:
+def _check_own_folder(out: Path) -> None:
+    """Refuse a folder whose files aren't an earlier demo's: they would be overwritten."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    shown = {what.caption for what in SHOWN}
+    if not (out / RESULTS).is_file() or any(one.prompt not in shown for one in read_results(out)):
+        raise NemoError(f"{out} holds files that aren't an earlier demo's: choose an empty or a new folder with --out")
+
+
+def run(out: Path) -> None:
     """Go the whole way on the bundled model and write everything to `out`.
 
     Args:
         out: folder for results.jsonl, neurons/, images/, statistics, threshold, contact sheet and
-            report; results of an earlier demo in it are replaced.
-        progress: see `nemo_ext.progress`.
+            report; new, empty, or an earlier demo's, whose files are replaced.
 
     Raises:
-        NemoError: the bundled model is missing.
+        NemoError: the folder holds other files, or the bundled model is missing.
     """
+    _check_own_folder(out)
     console = Console()
     pipe = load_demo_pipeline()
     captions = [caption for _, caption in ordinary_captions(
@@ -114,7 +118,7 @@ def run(out: Path, progress: bool | None = None) -> None:
     captions = captions[STATISTICS_PROMPTS:]
     ordinary, unseen = captions[:THRESHOLD_PROMPTS], captions[THRESHOLD_PROMPTS:]
 
-    with Progress(progress) as bars:
+    with Progress() as bars:
         statistics = collect_statistics(pipe, holdout, progress=bars)
         threshold = memorization_threshold(pipe, ordinary, progress=bars)
         texts = [*(what.caption for what in MEMORIZED), *unseen]
@@ -125,7 +129,6 @@ def run(out: Path, progress: bool | None = None) -> None:
                 advance(1)
         localizer = Localizer(pipe, statistics=statistics, threshold=threshold)
         # Begun anew: the folder may hold the results of another version's model.
-        shutil.rmtree(out / "images", ignore_errors=True)
         found = localizer.localize_many([what.caption for what in SHOWN], out, resume=False, progress=bars)
         pictures = [
             _before_and_after(pipe, what, one.neurons, out / "images" / prompt_name(i, one.prompt), bars)
@@ -167,7 +170,7 @@ def _before_and_after(
     files: dict[str, Any] = {"original": images.original}
     files |= {f"before-{seed}": image for seed, image in images.before.items()}
     files |= {f"after-{seed}": image for seed, image in images.after.items()}
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, image in files.items():
         with replacing(folder / f"{name}.png") as temporary:
             image.save(temporary, format="PNG", optimize=True)
