@@ -1,0 +1,175 @@
+// What one call computes, and how it is laid over blocks and threads: read by the kernels, by the launch
+// code, and by the emulation. Plain pointers, no torch, no CUDA runtime.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/cuda/primitives.h"
+#include "csrc/math.h"
+
+namespace nemo_ext::cuda {
+
+enum class Element { Float32, BFloat16, Float16 };
+
+// values = (hidden weightᵀ + bias) · scale, and per prompt and neuron either
+//   activation = mean over counted tokens of abs(hidden weightᵀ + bias), or
+//   scale_gradient = sum over tokens of (hidden weightᵀ + bias) · gradient.
+// Strides are in elements; whatever has none is contiguous.
+struct Projection {
+  int64_t batch, tokens, in_features, out_features;
+  const void* hidden;
+  int64_t hidden_strides[3];
+  const void* weight;
+  int64_t weight_strides[2];
+  const float* bias;           // [out_features] or null
+  const float* scale;          // [out_features], [batch, out_features] or null
+  int64_t scale_batch_stride;  // 0: one scale for all prompts
+  const uint8_t* token_mask;   // [batch, tokens] or null: every token counts
+  void* values;                // [batch, tokens, out_features], of hidden's type, or null
+
+  float* activation;      // [batch, out_features] or null
+  const void* gradient;   // [batch, tokens, out_features], of hidden's type: only with scale_gradient
+  float* scale_gradient;  // [batch, out_features] or null: only without activation
+
+  // Welford's mean and m2 over the prompts of each slot of each block, [Plan::partials, out_features], or
+  // null: no running statistics are wanted.
+  float* partial_mean;
+  float* partial_m2;
+  int* not_finite;       // [], 0 at first: becomes 1 where an activation is not finite
+  const double* count;   // [], the running count
+  double* count_before;  // [], its copy: count itself changes while other blocks of the merge still need it
+
+  NEMO_EXT_HOST_DEVICE bool reduces_over_tokens() const { return activation || scale_gradient; }
+};
+
+// The second kernel: the partials of a Projection into the running statistics.
+struct Merge {
+  int64_t batch, out_features, partials;
+  const float* partial_mean;
+  const float* partial_m2;
+  const int* not_finite;
+  const double* count_before;
+  double* count;
+  double* mean;
+  double* m2;
+};
+
+template <typename Integer>
+NEMO_EXT_HOST_DEVICE constexpr Integer ceil_divide(Integer dividend, int divisor) {
+  return (dividend + divisor - 1) / divisor;
+}
+
+// A slot is the 80 rows that one warp owns: the 77 tokens of a CLIP text, or as much of a longer one, in five
+// tiles of mma's 16 rows. No prompt is shared by two slots, so that the sum over its tokens never leaves a
+// warp.
+constexpr int kSlotRows = 80;
+
+enum class Shape {
+  Wide,     // 160 rows: for calls that fill the device
+  Narrow,   // 80 rows: more blocks, for calls that do not
+  Strided,  // as Narrow, loading one element at a time: any strides, any alignment, any in_features
+};
+
+// What a block computes: docs/kernels.md derives the sizes.
+template <typename T, Shape kShape>
+struct Tile {
+  using Element = T;
+  static constexpr bool kAligned = kShape != Shape::Strided;
+  static constexpr int kSlots = kShape == Shape::Wide ? 2 : 1;
+  static constexpr int kColumnWarps = kShape == Shape::Wide ? 2 : 4;
+  static constexpr int kWarpColumns = kShape == Shape::Wide ? (sizeof(T) == 2 ? 64 : 32) : 16;
+  static constexpr int kBlocks = kShape == Shape::Wide ? 2 : 3;  // on one multiprocessor at a time
+
+  static constexpr int kThreads = kWarpSize * kSlots * kColumnWarps;
+  static constexpr int kRows = kSlots * kSlotRows;
+  static constexpr int kColumns = kColumnWarps * kWarpColumns;
+
+  // A stage holds kStepBytes of in_features of every row of hidden and of weight.
+  static constexpr int kStepBytes = 64;
+  static constexpr int kStepFeatures = kStepBytes / sizeof(T);
+  static constexpr int kStages = 4;
+  static constexpr int kStageBytes = (kRows + kColumns) * kStepBytes;
+
+  // Behind the stages, for every slot and column: the sum over tokens, and the running mean and m2.
+  static constexpr int kSlotColumnBytes = kSlots * kColumns * 4;
+  static constexpr int kSums = kStages * kStageBytes;
+  static constexpr int kMeans = kSums + kSlotColumnBytes;
+  static constexpr int kM2s = kMeans + kSlotColumnBytes;
+  static constexpr int kSharedBytes = kM2s + kSlotColumnBytes;
+};
+
+// Calls function(Tile<…>) of the element and shape.
+template <typename Function>
+auto with_tile(Element element, Shape shape, Function&& function) {
+  const auto with_element = [&]<typename T>(T) {
+    switch (shape) {
+      case Shape::Wide:
+        return function(Tile<T, Shape::Wide>{});
+      case Shape::Narrow:
+        return function(Tile<T, Shape::Narrow>{});
+      default:
+        return function(Tile<T, Shape::Strided>{});
+    }
+  };
+  switch (element) {
+    case Element::BFloat16:
+      return with_element(BFloat16{});
+    case Element::Float16:
+      return with_element(Float16{});
+    default:
+      return with_element(float{});
+  }
+}
+
+// A grid of column_blocks × groups blocks. A group goes through the prompts (or, where nothing is summed over
+// tokens, through the 80-row pieces of prompts) group · slots + slot, + partials, + 2 · partials, …
+struct Plan {
+  Shape shape;
+  int64_t column_blocks;
+  int64_t groups;    // 0: there is nothing to compute
+  int64_t partials;  // groups · slots
+};
+
+inline Plan plan_of_shape(const Projection& p, Element element, Shape shape, int multiprocessors) {
+  return with_tile(element, shape, [&](auto tile) {
+    using T = decltype(tile);
+    const int64_t pieces = p.reduces_over_tokens() ? p.batch : p.batch * ceil_divide(p.tokens, kSlotRows);
+    // One block more than none: the running count grows even where there is no neuron.
+    const int64_t column_blocks = p.out_features > 0 ? ceil_divide(p.out_features, T::kColumns) : 1;
+    const int64_t most = ceil_divide(pieces, T::kSlots);
+    if (most == 0) return Plan{shape, column_blocks, 0, 0};
+    // As many groups as the device holds at once, evenly loaded: fewer partials, and weights stay in its
+    // cache.
+    const int64_t resident = int64_t(multiprocessors) * T::kBlocks / column_blocks;
+    const int64_t rounds = ceil_divide(most, resident > 0 ? resident : 1);
+    const int64_t groups = ceil_divide(most, rounds);
+    return Plan{shape, column_blocks, groups, groups * T::kSlots};
+  });
+}
+
+// Whether every row consists of whole, aligned pieces of 16 bytes.
+inline bool is_aligned(const void* data, const int64_t* sizes, const int64_t* strides, int axes,
+                       int element_size) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || sizes[axes - 1] * element_size % 16 != 0) return false;
+  for (int axis = 0; axis < axes; ++axis) {
+    const bool innermost = axis == axes - 1;
+    if (sizes[axis] > 1 && (innermost ? strides[axis] != 1 : strides[axis] * element_size % 16 != 0))
+      return false;
+  }
+  return true;
+}
+
+inline Plan plan(const Projection& p, Element element, int multiprocessors) {
+  const int element_size = element == Element::Float32 ? 4 : 2;
+  const int64_t hidden_sizes[] = {p.batch, p.tokens, p.in_features};
+  const int64_t weight_sizes[] = {p.out_features, p.in_features};
+  if (!is_aligned(p.hidden, hidden_sizes, p.hidden_strides, 3, element_size) ||
+      !is_aligned(p.weight, weight_sizes, p.weight_strides, 2, element_size)) {
+    return plan_of_shape(p, element, Shape::Strided, multiprocessors);
+  }
+  const Plan wide = plan_of_shape(p, element, Shape::Wide, multiprocessors);
+  if (wide.column_blocks * wide.groups >= multiprocessors) return wide;
+  return plan_of_shape(p, element, Shape::Narrow, multiprocessors);
+}
+
+}  // namespace nemo_ext::cuda

@@ -1,0 +1,60 @@
+// Launches of the kernels. Free of torch, so that nvcc compiles little besides them.
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/value_projection.cuh"
+
+namespace nemo_ext::cuda {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would report it once more
+  throw std::runtime_error(std::string("nemo_ext could not ") + what + ": " + cudaGetErrorString(status));
+}
+
+// CUDA takes kernel arguments as an array of pointers to them.
+template <typename Argument>
+void launch_kernel(void (*kernel)(Argument), dim3 grid, int threads, int shared_bytes, void* stream,
+                   Argument argument) {
+  void* arguments[] = {&argument};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, shared_bytes,
+                         static_cast<cudaStream_t>(stream)),
+        "launch a kernel");
+}
+
+}  // namespace
+
+int select_device(int device) {
+  check(cudaSetDevice(device), "select the GPU");
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "ask for the GPU's size");
+  return multiprocessors;
+}
+
+void launch(const Projection& projection, Element element, const Plan& plan, void* stream) {
+  if (projection.partial_mean) {
+    check(cudaMemsetAsync(projection.not_finite, 0, sizeof(int), static_cast<cudaStream_t>(stream)),
+          "clear its workspace");
+  }
+  with_tile(element, plan.shape, [&](auto tile) {
+    using T = decltype(tile);
+    // More than 48 KB has to be asked for, on every device anew.
+    check(cudaFuncSetAttribute(project<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes),
+          "reserve shared memory");
+    const dim3 grid(static_cast<unsigned>(plan.column_blocks), static_cast<unsigned>(plan.groups));
+    launch_kernel(project<T>, grid, T::kThreads, T::kSharedBytes, stream, projection);
+  });
+}
+
+void launch(const Merge& m, void* stream) {
+  const int64_t blocks = m.out_features > 0 ? ceil_divide(m.out_features, kMergeNeurons) : 1;
+  launch_kernel(merge, dim3(static_cast<unsigned>(blocks)), kMergeThreads, kMergeSharedBytes, stream, m);
+}
+
+}  // namespace nemo_ext::cuda
