@@ -268,19 +268,21 @@ NEMO_EXT_DEVICE void multiply(int stage, int slot, int warp_column, Sums<Tile>& 
   const uint32_t weight = hidden + Tile::kRows * Tile::kStepBytes;
   // Lane l names row l % 8 of matrix l / 8. Of hidden the four are: upper and lower 8 rows, left and right
   // chunk; of weight: left and right chunk of one tile, then of the other.
+  constexpr int kTileBytes = 16 * Tile::kStepBytes;  // the swizzle is the same 16 rows on
   const int hidden_row = slot * kSlotRows + lane % 16;
   const int weight_row = warp_column + lane % 8 / 2 * 4 + lane / 16 * 2 + lane % 2;
-#pragma unroll
+  // Unrolled, float32 needs more registers than there are.
+#pragma unroll(sizeof(typename Tile::Element) == 2 ? 2 : 1)
   for (int chunk = 0; chunk < Tile::kStepBytes / kChunkBytes; chunk += 2) {
     Right<typename Tile::Element, kPairs> right;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      right.load(pair, weight + weight_chunk(weight_row + 16 * pair, chunk + lane / 8 % 2));
+      right.load(pair, weight + weight_chunk(weight_row, chunk + lane / 8 % 2) + pair * kTileBytes);
     }
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
       uint32_t left[4];
-      load_matrices(left, hidden + hidden_chunk(hidden_row + 16 * tile, chunk + lane / 16));
+      load_matrices(left, hidden + hidden_chunk(hidden_row, chunk + lane / 16) + tile * kTileBytes);
       right.multiply(left, sums.of[tile]);
     }
   }
