@@ -1,7 +1,108 @@
-"""Fixtures that all tests share."""
+"""Which devices the operators' tests run on, and the table of legs at the end of every run.
+
+A test that takes the fixture `device` runs on the CPU, and on CUDA as well where there is one; `--require-device cuda`
+makes a missing one a failure. A leg is one of the ways in which the operators are held to their specification; a test
+names its own with `pytest.mark.leg("emulated")`, one that takes `device` belongs to that device's.
+"""
 
 import pytest
 import torch
+
+from nemo_ext import _module
+
+DEVICES = ("cpu", "cuda")
+LEGS = {  # name in the marker -> name in the table
+    "reference": "reference",
+    "cpu": "CPU",
+    "emulated": "emulated",
+    "compiled": "compiled",
+    "cuda": "CUDA",
+}
+
+
+def missing(device):
+    """Why the operators cannot run there, in one sentence; None where they can."""
+    if device == "cpu":
+        return None
+    if not _module.build_facts()["cuda_architectures"]:
+        return "no CUDA kernels in this build of nemo_ext"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-device",
+        action="append",
+        choices=DEVICES,
+        default=[],
+        help="fail, instead of skipping, where the operators cannot run on this device; may be repeated",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", f"leg(name): one of {', '.join(LEGS)}; counted in the table at the end")
+
+
+def pytest_generate_tests(metafunc):
+    """A test of one leg runs there, or is skipped; all others are not doubled where it would be to skip them."""
+    if "device" not in metafunc.fixturenames:
+        return
+    leg = metafunc.definition.get_closest_marker("leg")
+    required = metafunc.config.getoption("--require-device")
+    wanted = leg.args if leg else [name for name in DEVICES if name in required or not missing(name)]
+    devices = [pytest.param(name, marks=pytest.mark.leg(name)) for name in wanted]
+    metafunc.parametrize("device", devices, indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        marker = item.get_closest_marker("leg")
+        if marker is None:
+            continue
+        (leg,) = marker.args
+        if leg not in LEGS:
+            raise pytest.UsageError(f"{item.nodeid}: leg must be one of {', '.join(LEGS)}, got {leg}")
+        item.user_properties.append(("leg", leg))  # what a report has of its item
+
+
+def pytest_terminal_summary(terminalreporter):
+    columns = {"passed": "passed", "failed": "failed", "error": "failed", "skipped": "skipped"}
+    counts = {leg: dict.fromkeys(columns.values(), 0) for leg in LEGS}
+    reasons = {leg: set() for leg in LEGS}
+    for outcome, column in columns.items():
+        for report in terminalreporter.getreports(outcome):
+            leg = dict(report.user_properties).get("leg") if isinstance(report, pytest.TestReport) else None
+            if leg is None:
+                continue
+            counts[leg][column] += 1
+            if outcome == "skipped":
+                reasons[leg].add(report.longrepr[2].removeprefix("Skipped: "))
+    terminalreporter.section("legs")
+    terminalreporter.line(f"{'leg':12}{'passed':>8}{'failed':>8}{'skipped':>9}  because")
+    for leg, title in LEGS.items():
+        count = counts[leg]
+        if leg in DEVICES and (reason := missing(leg)):
+            reasons[leg] = {reason}
+        elif not any(count.values()):
+            reasons[leg] = {"not in this run"}
+        because = "; ".join(sorted(reasons[leg]))
+        line = f"{title:12}{count['passed']:8}{count['failed']:8}{count['skipped']:9}  {because}"
+        terminalreporter.line(line.rstrip())
+
+
+@pytest.fixture
+def device(request):
+    """Where the operators run."""
+    reason = missing(request.param)
+    if reason and request.param in request.config.getoption("--require-device"):
+        pytest.fail(f"--require-device {request.param}: {reason}", pytrace=False)
+    if reason:
+        pytest.skip(reason)
+    return torch.device("cuda", 0) if request.param == "cuda" else torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The table of cases that every implementation of the operators is held against, and how their inputs are made.
 
-`CASES` is read by the tests of the CPU operators; another implementation (emulated, CUDA) reads the same table.
+`CASES` is read by the tests of the operators on the CPU and on CUDA, and of the CUDA kernels in emulation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ SIZES = (
     (2, 80, 320, 33),  # more tokens than a block, one neuron more than two panels
     (3, 77, 17, 7),  # nothing that a tile divides
     (4, 12, 7, 3),
+    (17, 3, 16, 24),  # more prompts than a block, all that tiles divide
     (2, 5, 3, 17),
     (1, 160, 300, 50),  # several blocks of tokens and of in_features
     (0, 77, 8, 4),
@@ -72,8 +73,8 @@ def as_laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return tensor
 
 
-def projection_inputs(case: Case) -> dict[str, Any]:
-    """Arguments of `value_projection`; about a quarter of the neurons are switched off where there is a scale."""
+def projection_inputs(case: Case, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Arguments of `value_projection`, the same on all devices; a scale switches off about a quarter of the neurons."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -89,27 +90,30 @@ def projection_inputs(case: Case) -> dict[str, Any]:
         shape = (case.out_features,) if case.scale == "per_neuron" else (case.batch, case.out_features)
         scale = normal(*shape)
         scale[torch.rand(shape, generator=generator) < 0.25] = 0
+    # Laid out on the device, because copies between devices keep no gaps.
     return {
-        "hidden": as_laid_out(hidden.to(case.dtype), case.layout),
-        "weight": as_laid_out(weight.to(case.dtype), "contiguous" if case.layout == "expanded" else case.layout),
-        "bias": bias,
-        "scale": scale,
+        "hidden": as_laid_out(hidden.to(device, case.dtype), case.layout),
+        "weight": as_laid_out(
+            weight.to(device, case.dtype), "contiguous" if case.layout == "expanded" else case.layout
+        ),
+        "bias": None if bias is None else bias.to(device),
+        "scale": None if scale is None else scale.to(device),
     }
 
 
-def token_mask(case: Case) -> torch.Tensor | None:
+def token_mask(case: Case, device: torch.device | str = "cpu") -> torch.Tensor | None:
     """About two thirds of the tokens, and always the first."""
     if not case.masked:
         return None
     mask = torch.rand(case.batch, case.tokens, generator=torch.Generator().manual_seed(1)) < 0.67
     mask[:, :1] = True
-    return mask
+    return mask.to(device)
 
 
-def running_buffers(out_features: int) -> dict[str, torch.Tensor]:
+def running_buffers(out_features: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """`count`, `mean` and `m2` before the first prompt."""
     return {
-        "count": torch.zeros((), dtype=torch.float64),
-        "mean": torch.zeros(out_features, dtype=torch.float64),
-        "m2": torch.zeros(out_features, dtype=torch.float64),
+        "count": torch.zeros((), dtype=torch.float64, device=device),
+        "mean": torch.zeros(out_features, dtype=torch.float64, device=device),
+        "m2": torch.zeros(out_features, dtype=torch.float64, device=device),
     }

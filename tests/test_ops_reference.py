@@ -34,8 +34,8 @@ def torch_values(hidden, weight, bias, scale):
 
 
 @every_case
-def test_values_are_as_exact_as_pytorchs(case):
-    inputs = op_cases.projection_inputs(case)
+def test_values_are_as_exact_as_pytorchs(case, device):
+    inputs = op_cases.projection_inputs(case, device)
     values = ops.value_projection(**inputs)
     assert values.shape == (case.batch, case.tokens, case.out_features)
     assert values.dtype == case.dtype
@@ -44,23 +44,34 @@ def test_values_are_as_exact_as_pytorchs(case):
 
 
 @every_case_with_tokens
-def test_statistics_call_gives_the_same_values_bit_for_bit(case):
-    inputs = op_cases.projection_inputs(case)
-    buffers = op_cases.running_buffers(case.out_features)
-    values, _ = ops.value_projection_stats(**inputs, token_mask=op_cases.token_mask(case), **buffers)
+def test_statistics_call_gives_the_same_values_bit_for_bit(case, device):
+    inputs = op_cases.projection_inputs(case, device)
+    buffers = op_cases.running_buffers(case.out_features, device)
+    values, _ = ops.value_projection_stats(**inputs, token_mask=op_cases.token_mask(case, device), **buffers)
     assert torch.equal(values, ops.value_projection(**inputs))
 
 
 @every_case_with_tokens
-def test_activation_is_as_exact_as_pytorchs(case):
-    inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
+def test_writing_the_values_or_not_changes_no_bit_of_the_statistics(case, device):
+    inputs, mask = op_cases.projection_inputs(case, device), op_cases.token_mask(case, device)
+    results = []
+    for return_values in (True, False):
+        buffers = op_cases.running_buffers(case.out_features, device)
+        _, activation = ops.value_projection_stats(**inputs, token_mask=mask, **buffers, return_values=return_values)
+        results.append([activation, *buffers.values()])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@every_case_with_tokens
+def test_activation_is_as_exact_as_pytorchs(case, device):
+    inputs, mask = op_cases.projection_inputs(case, device), op_cases.token_mask(case, device)
     _, activation = ops.value_projection_stats(
-        **inputs, token_mask=mask, **op_cases.running_buffers(case.out_features), return_values=False
+        **inputs, token_mask=mask, **op_cases.running_buffers(case.out_features, device), return_values=False
     )
     _, exact = reference.value_projection_stats(
-        **inputs, token_mask=mask, **op_cases.running_buffers(case.out_features)
+        **inputs, token_mask=mask, **op_cases.running_buffers(case.out_features, device)
     )
-    weights = torch.ones(case.batch, case.tokens) if mask is None else mask.float()
+    weights = torch.ones(case.batch, case.tokens, device=device) if mask is None else mask.float()
     size = torch_values(inputs["hidden"], inputs["weight"], inputs["bias"], None).abs().float()
     torchs = (size * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
     assert activation.dtype == torch.float32
@@ -68,9 +79,9 @@ def test_activation_is_as_exact_as_pytorchs(case):
 
 
 @every_case_with_tokens
-def test_running_statistics_follow_the_reference(case):
-    inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
-    ours, exact = op_cases.running_buffers(case.out_features), op_cases.running_buffers(case.out_features)
+def test_running_statistics_follow_the_reference(case, device):
+    inputs, mask = op_cases.projection_inputs(case, device), op_cases.token_mask(case, device)
+    ours, exact = (op_cases.running_buffers(case.out_features, device) for _ in range(2))
     for _ in range(2):
         ops.value_projection_stats(**inputs, token_mask=mask, **ours, return_values=False)
         reference.value_projection_stats(**inputs, token_mask=mask, **exact)
@@ -80,43 +91,43 @@ def test_running_statistics_follow_the_reference(case):
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3, 4), (2, 0, 4)], ids=str)
-def test_value_projection_takes_any_leading_shape(leading):
-    hidden, weight, scale = torch.randn(*leading, 17), torch.randn(7, 17), torch.randn(7)
+def test_value_projection_takes_any_leading_shape(leading, device):
+    hidden, weight, scale = (torch.randn(*shape, device=device) for shape in ((*leading, 17), (7, 17), (7,)))
     values = ops.value_projection(hidden, weight, scale=scale)
     torch.testing.assert_close(values, reference.value_projection(hidden, weight, scale=scale).float())
 
 
-def test_activation_is_taken_before_the_scale():
-    hidden, weight = torch.randn(2, 77, 17), torch.randn(7, 17)
+def test_activation_is_taken_before_the_scale(device):
+    hidden, weight = torch.randn(2, 77, 17, device=device), torch.randn(7, 17, device=device)
     activations = [
-        ops.value_projection_stats(hidden, weight, None, scale, None, **op_cases.running_buffers(7))[1]
-        for scale in (None, torch.zeros(7))
+        ops.value_projection_stats(hidden, weight, None, scale, None, **op_cases.running_buffers(7, device))[1]
+        for scale in (None, torch.zeros(7, device=device))
     ]
     assert torch.equal(*activations)
 
 
-def test_values_are_none_when_not_asked_for():
-    hidden, weight = torch.randn(2, 77, 17), torch.randn(7, 17)
+def test_values_are_none_when_not_asked_for(device):
+    hidden, weight = torch.randn(2, 77, 17, device=device), torch.randn(7, 17, device=device)
     values, activation = ops.value_projection_stats(
-        hidden, weight, None, None, None, **op_cases.running_buffers(7), return_values=False
+        hidden, weight, None, None, None, **op_cases.running_buffers(7, device), return_values=False
     )
     assert values is None
     assert activation.shape == (2, 7)
 
 
-def test_a_masked_token_may_hold_anything():
-    hidden, weight = torch.randn(2, 5, 17), torch.randn(7, 17)
-    mask = torch.ones(2, 5, dtype=torch.bool)
+def test_a_masked_token_may_hold_anything(device):
+    hidden, weight = torch.randn(2, 5, 17, device=device), torch.randn(7, 17, device=device)
+    mask = torch.ones(2, 5, dtype=torch.bool, device=device)
     mask[:, 3:] = False
-    _, clean = ops.value_projection_stats(hidden, weight, None, None, mask, **op_cases.running_buffers(7))
+    _, clean = ops.value_projection_stats(hidden, weight, None, None, mask, **op_cases.running_buffers(7, device))
     hidden[:, 3:] = torch.nan
-    _, padded = ops.value_projection_stats(hidden, weight, None, None, mask, **op_cases.running_buffers(7))
+    _, padded = ops.value_projection_stats(hidden, weight, None, None, mask, **op_cases.running_buffers(7, device))
     assert torch.equal(clean, padded)
 
 
 @pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
-def test_a_non_finite_input_shows_in_its_own_values_only(dtype):
-    hidden, weight = torch.randn(2, 5, 18, dtype=dtype), torch.randn(7, 18, dtype=dtype)
+def test_a_non_finite_input_shows_in_its_own_values_only(dtype, device):
+    hidden, weight = (torch.randn(shape, dtype=dtype, device=device) for shape in ((2, 5, 18), (7, 18)))
     hidden[1, 2, 3] = torch.inf
     values = ops.value_projection(hidden, weight)
     assert not values[1, 2].isfinite().any()
@@ -124,6 +135,6 @@ def test_a_non_finite_input_shows_in_its_own_values_only(dtype):
     assert values[1, [0, 1, 3, 4]].isfinite().all()
 
 
-def test_values_too_large_for_half_precision_become_infinite():
-    hidden, weight = torch.full((1, 1, 4), 200.0, dtype=torch.float16), torch.full((1, 4), 200.0, dtype=torch.float16)
+def test_values_too_large_for_half_precision_become_infinite(device):
+    hidden, weight = (torch.full(shape, 200, dtype=torch.float16, device=device) for shape in ((1, 1, 4), (1, 4)))
     assert ops.value_projection(hidden, weight).isposinf().all()

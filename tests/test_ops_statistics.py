@@ -10,26 +10,26 @@ from nemo_ext import ops
 
 def collect(hidden, weight, sizes):
     """Feeds `hidden` in batches of `sizes`; returns the running buffers and all activations as NumPy float64."""
-    buffers = op_cases.running_buffers(weight.shape[0])
+    buffers = op_cases.running_buffers(weight.shape[0], hidden.device)
     activations = [
         ops.value_projection_stats(part, weight, None, None, None, **buffers, return_values=False)[1]
         for part in hidden.split(sizes)
     ]
-    return buffers, torch.cat(activations).double().numpy()
+    return {name: buffer.cpu() for name, buffer in buffers.items()}, torch.cat(activations).cpu().double().numpy()
 
 
 @pytest.mark.parametrize("sizes", [[40], [1] * 40, [7, 0, 1, 32], [32, 8]], ids=str)
-def test_mean_and_variance_are_numpys_however_the_prompts_are_batched(sizes):
-    buffers, activations = collect(torch.randn(40, 12, 17), torch.randn(9, 17), sizes)
+def test_mean_and_variance_are_numpys_however_the_prompts_are_batched(sizes, device):
+    buffers, activations = collect(torch.randn(40, 12, 17, device=device), torch.randn(9, 17, device=device), sizes)
     assert buffers["count"] == 40
     np.testing.assert_allclose(buffers["mean"].numpy(), activations.mean(0), rtol=1e-6)
     np.testing.assert_allclose(buffers["m2"].numpy() / 39, activations.var(0, ddof=1), rtol=1e-5)
 
 
-def test_a_small_spread_around_a_large_mean_survives():
+def test_a_small_spread_around_a_large_mean_survives(device):
     """The mean is 4,000 times the standard deviation: a float32 sum of squares has no correct digit left."""
-    hidden = 1000 + 0.25 * torch.randn(512, 1, 1)
-    buffers, activations = collect(hidden, torch.ones(1, 1), [8] * 64)
+    hidden = 1000 + 0.25 * torch.randn(512, 1, 1, device=device)
+    buffers, activations = collect(hidden, torch.ones(1, 1, device=device), [8] * 64)
     variance = activations.var(0, ddof=1)
     np.testing.assert_allclose(buffers["m2"].numpy() / 511, variance, rtol=1e-3)
 
@@ -38,25 +38,27 @@ def test_a_small_spread_around_a_large_mean_survives():
     assert abs(by_squares - variance) > 0.5 * variance
 
 
-def test_one_prompt_has_no_spread():
-    buffers, activations = collect(torch.randn(1, 12, 17), torch.randn(9, 17), [1])
+def test_one_prompt_has_no_spread(device):
+    buffers, activations = collect(torch.randn(1, 12, 17, device=device), torch.randn(9, 17, device=device), [1])
     np.testing.assert_array_equal(buffers["mean"].numpy(), activations[0])
     assert not buffers["m2"].any()
 
 
-def test_an_empty_batch_changes_nothing():
-    buffers, _ = collect(torch.randn(5, 12, 17), torch.randn(9, 17), [5])
+def test_an_empty_batch_changes_nothing(device):
+    hidden, weight = torch.randn(5, 12, 17, device=device), torch.randn(9, 17, device=device)
+    buffers = op_cases.running_buffers(9, device)
+    ops.value_projection_stats(hidden, weight, None, None, None, **buffers)
     before = {name: buffer.clone() for name, buffer in buffers.items()}
-    _, activation = ops.value_projection_stats(torch.randn(0, 12, 17), torch.randn(9, 17), None, None, None, **buffers)
+    _, activation = ops.value_projection_stats(hidden[:0], weight, None, None, None, **buffers)
     assert activation.shape == (0, 9)
     assert all(torch.equal(buffers[name], before[name]) for name in before)
 
 
-def test_buffers_may_be_slices_of_a_larger_one():
+def test_buffers_may_be_slices_of_a_larger_one(device):
     """As when several layers share one buffer."""
-    mean, m2 = torch.zeros(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
-    count = torch.zeros((), dtype=torch.float64)
-    ops.value_projection_stats(torch.randn(4, 3, 5), torch.randn(6, 5), None, None, None, count, mean[3:9], m2[3:9])
+    hidden, weight = torch.randn(4, 3, 5, device=device), torch.randn(6, 5, device=device)
+    count, mean, m2 = op_cases.running_buffers(12, device).values()
+    ops.value_projection_stats(hidden, weight, None, None, None, count, mean[3:9], m2[3:9])
     assert mean[3:9].all()
     assert m2[3:9].all()
     assert not mean[:3].any()

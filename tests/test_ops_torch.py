@@ -10,30 +10,31 @@ both_scales = pytest.mark.parametrize("scale_shape", [(7,), (3, 7)], ids=["per_n
 every_dtype = pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
 
 
-def make(scale_shape=(3, 7), dtype=torch.float32, requires_grad=False):
+def make(device, scale_shape=(3, 7), dtype=torch.float32, requires_grad=False):
     inputs = (
-        torch.randn(3, 5, 17, dtype=dtype),
-        torch.randn(7, 17, dtype=dtype),
-        torch.randn(7, dtype=dtype),
-        torch.randn(scale_shape),
+        torch.randn(3, 5, 17, dtype=dtype, device=device),
+        torch.randn(7, 17, dtype=dtype, device=device),
+        torch.randn(7, dtype=dtype, device=device),
+        torch.randn(scale_shape, device=device),
     )
     return tuple(tensor.requires_grad_(requires_grad) for tensor in inputs)
 
 
-def fresh_buffers():
-    return tuple(op_cases.running_buffers(7).values())
+def fresh_buffers(device):
+    return tuple(op_cases.running_buffers(7, device).values())
 
 
 @both_scales
 @every_dtype
-def test_value_projection_passes_opcheck(scale_shape, dtype):
-    torch.library.opcheck(torch.ops.nemo_ext.value_projection.default, make(scale_shape, dtype, requires_grad=True))
+def test_value_projection_passes_opcheck(scale_shape, dtype, device):
+    inputs = make(device, scale_shape, dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.nemo_ext.value_projection.default, inputs)
 
 
 @pytest.mark.parametrize("return_values", [True, False])
-def test_value_projection_stats_passes_opcheck(return_values):
-    mask = torch.ones(3, 5, dtype=torch.bool)
-    arguments = (*make(), mask, *fresh_buffers(), return_values)
+def test_value_projection_stats_passes_opcheck(return_values, device):
+    mask = torch.ones(3, 5, dtype=torch.bool, device=device)
+    arguments = (*make(device), mask, *fresh_buffers(device), return_values)
     torch.library.opcheck(torch.ops.nemo_ext.value_projection_stats.default, arguments)
 
 
@@ -41,9 +42,9 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_value_projection_compiles_into_one_graph(backend):
+def test_value_projection_compiles_into_one_graph(backend, device):
     compiled = torch.compile(ops.value_projection, fullgraph=True, backend=backend)
-    inputs = make(requires_grad=True)
+    inputs = make(device, requires_grad=True)
     ours, expected = compiled(*inputs), ops.value_projection(*inputs)
     assert torch.equal(ours, expected)
     for one, two in zip(
@@ -53,9 +54,9 @@ def test_value_projection_compiles_into_one_graph(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_graph_updates_the_running_statistics(backend):
+def test_a_compiled_graph_updates_the_running_statistics(backend, device):
     compiled = torch.compile(ops.value_projection_stats, fullgraph=True, backend=backend)
-    inputs, ours, expected = make(), fresh_buffers(), fresh_buffers()
+    inputs, ours, expected = make(device), fresh_buffers(device), fresh_buffers(device)
     for _ in range(2):
         values, activation = compiled(*inputs, None, *ours)
         plain_values, plain_activation = ops.value_projection_stats(*inputs, None, *expected)
@@ -64,14 +65,14 @@ def test_a_compiled_graph_updates_the_running_statistics(backend):
     assert all(torch.equal(one, two) for one, two in zip(ours, expected, strict=True))
 
 
-def test_switching_neurons_off_needs_no_new_graph():
+def test_switching_neurons_off_needs_no_new_graph(device):
     graphs = []
 
     def count_graphs(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    hidden, weight, bias, scale = make()
+    hidden, weight, bias, scale = make(device)
     compiled = torch.compile(ops.value_projection, fullgraph=True, backend=count_graphs)
     for _ in range(3):
         scale[:, torch.randint(7, ())] = 0
@@ -82,48 +83,47 @@ def test_switching_neurons_off_needs_no_new_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_casts_as_for_linear(dtype):
-    inputs = make()
-    with torch.autocast("cpu", dtype):
+def test_autocast_casts_as_for_linear(dtype, device):
+    inputs = make(device)
+    with torch.autocast(device.type, dtype):
         values = ops.value_projection(*inputs)
         assert values.dtype == torch.nn.functional.linear(*inputs[:3]).dtype == dtype
     cast = [tensor.to(dtype) for tensor in inputs[:3]]
     assert torch.equal(values, ops.value_projection(*cast, inputs[3]))
 
 
-def test_autocast_leaves_the_running_buffers_in_float64():
-    inputs, buffers = make(), fresh_buffers()
-    with torch.autocast("cpu"):
+def test_autocast_leaves_the_running_buffers_in_float64(device):
+    inputs, buffers = make(device), fresh_buffers(device)
+    with torch.autocast(device.type, torch.bfloat16):
         values, activation = ops.value_projection_stats(*inputs, None, *buffers)
     assert values.dtype == torch.bfloat16
     assert activation.dtype == torch.float32
     assert buffers[0] == 3
 
 
-def test_autocast_gradients_come_back_in_the_callers_precision():
-    inputs = make(requires_grad=True)
-    with torch.autocast("cpu"):
+def test_autocast_gradients_come_back_in_the_callers_precision(device):
+    inputs = make(device, requires_grad=True)
+    with torch.autocast(device.type):
         values = ops.value_projection(*inputs)
     values.float().sum().backward()
     assert all(tensor.grad.dtype == torch.float32 for tensor in inputs)
 
 
-def test_autocast_works_inside_a_compiled_graph():
-    inputs = make()
-    with torch.autocast("cpu"):
+def test_autocast_works_inside_a_compiled_graph(device):
+    inputs = make(device)
+    with torch.autocast(device.type):
         compiled = torch.compile(ops.value_projection, fullgraph=True, backend="aot_eager")(*inputs)
         assert torch.equal(compiled, ops.value_projection(*inputs))
 
 
 def test_meta_tensors_give_shapes_without_computing():
-    inputs = tuple(tensor.to("meta") for tensor in make())
-    values, activation = ops.value_projection_stats(*inputs, None, *(buffer.to("meta") for buffer in fresh_buffers()))
+    values, activation = ops.value_projection_stats(*make("meta"), None, *fresh_buffers("meta"))
     assert values.shape == (3, 5, 7)
     assert activation.shape == (3, 7)
     assert activation.dtype == torch.float32
 
 
-def test_inference_mode():
-    inputs = make()
+def test_inference_mode(device):
+    inputs = make(device)
     with torch.inference_mode():
         assert torch.equal(ops.value_projection(*inputs), ops.value_projection(*(tensor.clone() for tensor in inputs)))
