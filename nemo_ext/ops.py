@@ -4,13 +4,19 @@ Notation, here and in the C++ sources: B prompts, T tokens, K `in_features`, N `
 e = `hidden` [B, T, K], W = `weight` [N, K], s = `scale` [N] or [B, N], v = `values` [B, T, N],
 a = `activation` [B, N].
 
-The schemas are in csrc/registration.cpp, the CPU kernels in csrc/cpu; this file adds what PyTorch wants to know in
-Python: result shapes (fakes), gradients, autocast. `nemo_ext.reference` has the same functions in plain PyTorch.
+The schemas are in csrc/registration.cpp, the kernels in csrc/cpu and csrc/cuda; this file adds what PyTorch wants to
+know in Python: result shapes (fakes), gradients, autocast. `nemo_ext.reference` has the same functions in plain PyTorch.
 
-The environment variable NEMO_EXT_CPU_CAPABILITY (avx512_bf16, avx512, avx2 or default) chooses among the CPU
+On the CPU the environment variable NEMO_EXT_CPU_CAPABILITY (avx512_bf16, avx512, avx2 or default) chooses among the
 kernels' variants; without it the best one that the CPU supports runs. It is read once, by the first call. Results
 are bit-identical from run to run, for any number of threads, and a prompt's results do not depend on the other
 prompts of the call; from one variant to another they differ in rounding.
+
+On CUDA a call enqueues its kernels on the current stream and returns: nothing waits for the GPU, and calls can be
+captured into a CUDA graph. What is wrong with the data rather than with the arguments can then raise nothing, see
+`value_projection_stats`. float32 is computed on the tensor cores, each product as three of TF32, in float32's
+precision. Results are bit-identical from run to run on one GPU, and a prompt's values and activations do not depend on
+the other prompts of the call; `mean` and `m2` differ in rounding from one model of GPU to another.
 """
 
 from __future__ import annotations
@@ -112,8 +118,13 @@ def value_projection_stats(
     Not differentiable: the results never require a gradient. Autocast acts as on `value_projection`.
 
     Raises:
-        RuntimeError: an argument's shape, dtype or device is wrong; a prompt has no token to average over; or an
-            activation is not finite (the message names prompt and neuron). `count`, `mean` and `m2` are then unchanged.
+        RuntimeError: an argument's shape, dtype or device is wrong, or there are no tokens; and, on the CPU, the mask
+            leaves a prompt no token, or an activation is not finite (the message names prompt and neuron). `count`,
+            `mean` and `m2` are then unchanged.
+
+    On CUDA a mask without a token and an activation that is not finite raise nothing: the prompt's `activation` is NaN
+    or infinite, and `count`, `mean` and `m2` are unchanged by the whole call. To know, compare `count`, when it is read
+    anyway, with the number of prompts that were given.
     """
     values, activation = torch.ops.nemo_ext.value_projection_stats(
         hidden, weight, bias, scale, token_mask, count, mean, m2, return_values

@@ -40,6 +40,7 @@ class ActivationStatistics:
         self._count = torch.zeros((), dtype=torch.float64)
         self._mean = torch.zeros(neurons, dtype=torch.float64)
         self._m2 = torch.zeros(neurons, dtype=torch.float64)
+        self._given = 0  # prompts, which the count is less than where a call on CUDA left some out
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -48,20 +49,26 @@ class ActivationStatistics:
 
     @property
     def count(self) -> int:
-        """n, the number of prompts."""
-        return int(self._count.item())
+        """n, the number of prompts.
+
+        Raises:
+            NemoError: an activation wasn't finite. On CUDA `update` can't say so, because it doesn't wait for the GPU:
+                whatever reads the statistics does.
+        """
+        return int(self._read()[0])
 
     @property
     def mean(self) -> dict[str, Tensor]:
         """Layer name -> μ, [N] float64 on the CPU."""
-        return self._by_layer(self._mean)
+        return self._by_layer(self._read()[1])
 
     @property
     def std(self) -> dict[str, Tensor]:
         """Layer name -> σ, [N] float64 on the CPU; NemoError with fewer than two prompts."""
-        if self.count < 2:
-            raise NemoError(f"a standard deviation needs two prompts or more, got {self.count}")
-        return self._by_layer((self._m2 / (self._count - 1)).sqrt())
+        count, _, m2 = self._read()
+        if count < 2:
+            raise NemoError(f"a standard deviation needs two prompts or more, got {int(count)}")
+        return self._by_layer((m2 / (count - 1)).sqrt())
 
     def update(self, hidden: Tensor, stack: ValueStack) -> None:
         """Take in the activations of B prompts: one fused call over all layers.
@@ -72,12 +79,13 @@ class ActivationStatistics:
 
         Raises:
             NemoError: the stack has other layers, or an activation isn't finite (named by layer);
-                the statistics are then as before.
+                the statistics are then as before. On CUDA the latter is raised by what reads them next, see `count`.
         """
         if stack.widths != self.widths:
             raise NemoError(f"the statistics are of {_shape_of(self.widths)}, got weights of {_shape_of(stack.widths)}")
         self._count, self._mean, self._m2 = (buffer.to(hidden.device) for buffer in (self._count, self._mean, self._m2))
         stack.activations(hidden, self._count, self._mean, self._m2)
+        self._given += hidden.shape[0]
 
     def merge(self, other: "ActivationStatistics") -> "ActivationStatistics":
         """The statistics of both sets of prompts together, by Chan's formula; a new object.
@@ -90,12 +98,14 @@ class ActivationStatistics:
         if other.widths != self.widths or other.fingerprint != self.fingerprint:
             raise NemoError(f"only statistics of one model and the same layers merge: {self!r}, got {other!r}")
         merged = ActivationStatistics(self.widths, fingerprint=self.fingerprint, model_name=self.model_name)
-        count = float(self.count + other.count)
-        if count > 0:
-            difference = other._mean.cpu() - self._mean.cpu()
-            merged._count.fill_(count)
-            merged._mean = self._mean.cpu() + difference * (other.count / count)
-            merged._m2 = self._m2.cpu() + other._m2.cpu() + difference.square() * (self.count * other.count / count)
+        (count, mean, m2), (other_count, other_mean, other_m2) = self._read(), other._read()
+        total = count + other_count
+        if total > 0:
+            difference = other_mean - mean
+            merged._count = total
+            merged._mean = mean + difference * (other_count / total)
+            merged._m2 = m2 + other_m2 + difference.square() * (count * other_count / total)
+            merged._given = int(total)
         return merged
 
     def z_scores(self, activation: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -136,8 +146,8 @@ class ActivationStatistics:
     def digest(self) -> str:
         """SHA-256 of the numbers and the model's fingerprint: tells two statistics apart."""
         digest = hashlib.sha256(f"{self.fingerprint} {self.widths}".encode())
-        for buffer in (self._count, self._mean, self._m2):
-            digest.update(buffer.cpu().numpy().tobytes())
+        for buffer in self._read():
+            digest.update(buffer.numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -153,7 +163,7 @@ class ActivationStatistics:
             "fingerprint": self.fingerprint,
             "model_name": self.model_name,
         }
-        tensors = {"count": self._count.cpu(), "mean": self._mean.cpu(), "m2": self._m2.cpu()}
+        tensors = dict(zip(("count", "mean", "m2"), self._read(), strict=True))
         with replacing(path) as temporary:
             safetensors.torch.save_file(tensors, temporary, {"nemo_ext": json.dumps(description, sort_keys=True)})
 
@@ -180,18 +190,30 @@ class ActivationStatistics:
                 statistics._count = file.get_tensor("count")
                 statistics._mean = file.get_tensor("mean")
                 statistics._m2 = file.get_tensor("m2")
+                statistics._given = int(statistics._count)
         except safetensors.SafetensorError as error:
             raise NemoError(f"{path} does not hold activation statistics: {error}") from error
         return statistics
 
     def __repr__(self) -> str:
         return (
-            f"ActivationStatistics(count={self.count}, {_shape_of(self.widths)}, "
+            f"ActivationStatistics(count={int(self._count)}, {_shape_of(self.widths)}, "
             f"model '{self.model_name}' {self.fingerprint[:12]})"
         )
 
+    def _read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """n, μ and M2 on the CPU, if they are of all prompts that were given."""
+        count = self._count.cpu()
+        if count != self._given:
+            raise NemoError(
+                f"the statistics lack {self._given - int(count)} of {self._given} prompts: an activation in their "
+                "batches isn't finite; the text encoder or a layer has overflowed: use float32 or bfloat16, or collect "
+                "on the CPU, where the error names the layer"
+            )
+        return count, self._mean.cpu(), self._m2.cpu()
+
     def _by_layer(self, values: Tensor) -> dict[str, Tensor]:
-        parts = values.cpu().split(list(self.widths.values()))
+        parts = values.split(list(self.widths.values()))
         return {layer: part.clone() for layer, part in zip(self.widths, parts, strict=True)}
 
 
@@ -323,4 +345,5 @@ def collect_statistics(
             batch = texts[start : start + batch_size]
             statistics.update(encode_prompts(pipe, batch), stack)
             advance(len(batch))
+    statistics._read()  # on CUDA the first to know whether all activations were finite
     return statistics

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -11,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tiny_pipeline import DOWN_AND_MID, TEXT_WIDTH, TOKENS, tiny_pipeline
 
+from nemo_ext import ops
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import ValueStack, value_layers
 from nemo_ext.patching import patched
@@ -99,6 +101,53 @@ class TestUpdate:
         with pytest.raises(NemoError, match=f"{FIRST}: the activations of these prompts are not finite"):
             statistics.update(torch.full((1, TOKENS, TEXT_WIDTH), float("nan")), stack)
         assert statistics.digest() == before
+
+
+class TestLeftOutPrompts:
+    """On CUDA the operator leaves a call with an activation that isn't finite out, and nothing is raised there."""
+
+    @pytest.fixture
+    def incomplete(self, monkeypatch: pytest.MonkeyPatch) -> ActivationStatistics:
+        """Seven prompts given in batches of 2, 3 and 2, the second of which the operator has left out."""
+        on_the_cpu = ops.value_projection_stats
+
+        def as_on_cuda(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[None, torch.Tensor]:
+            if hidden.isfinite().all():
+                return on_the_cpu(hidden, weight, *others)
+            return None, torch.full((hidden.shape[0], weight.shape[0]), torch.nan)
+
+        monkeypatch.setattr(ops, "value_projection_stats", as_on_cuda)
+        statistics = ActivationStatistics({"a": 2})
+        for batch in (torch.ones(2, 1, 1), torch.full((3, 1, 1), torch.nan), torch.ones(2, 1, 1)):
+            statistics.update(batch, _stack_of_ones())
+        return statistics
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda statistics, path: statistics.count,
+            lambda statistics, path: statistics.mean,
+            lambda statistics, path: statistics.std,
+            lambda statistics, path: statistics.z_scores({"a": torch.ones(2)}),
+            lambda statistics, path: statistics.digest(),
+            lambda statistics, path: statistics.save(path),
+            lambda statistics, path: statistics.merge(ActivationStatistics({"a": 2})),
+            lambda statistics, path: ActivationStatistics({"a": 2}).merge(statistics),
+        ],
+        ids=["count", "mean", "std", "z_scores", "digest", "save", "merge", "merge_into_another"],
+    )
+    def test_are_reported_by_whatever_reads_the_statistics(
+        self, read: Any, incomplete: ActivationStatistics, tmp_path: Path
+    ) -> None:
+        said = "the statistics lack 3 of 7 prompts: an activation in their batches isn't finite.*collect on the CPU"
+        with pytest.raises(NemoError, match=said):
+            read(incomplete, tmp_path / "stats.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    def test_end_a_collection(self, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ValueStack, "activations", lambda *_: None)
+        with pytest.raises(NemoError, match="the statistics lack 9 of 9 prompts"):
+            collect_statistics(pipe, PROMPTS)
 
 
 class TestMerge:
