@@ -1,23 +1,44 @@
 """Build of the two compiled modules; everything that is not about compiling is in pyproject.toml.
 
 `nemo_ext._C`       the operators, against PyTorch's stable ABI: one binary for CPU and CUDA builds of PyTorch,
-                    from the targeted version on.
+                    from the targeted version on, with or without a GPU.
 `nemo_ext._module`  build facts and CPU capabilities, without PyTorch, through pybind11.
+
+What the environment decides:
+
+CXX                    the C++ compiler, also nvcc's host compiler (default: c++).
+NEMO_EXT_CUDA          auto: CUDA kernels where a usable toolkit is found (the default); 1: fail without one; 0: none.
+NEMO_EXT_CUDA_ARCHS    the GPU architectures to compile for, like "80;90+PTX"; else TORCH_CUDA_ARCH_LIST says so, like
+                       "8.0;9.0+PTX"; else DEFAULT_ARCHITECTURES. Never the GPUs of the machine that builds.
+CUDA_HOME, CUDA_PATH   the toolkit; else the first usable one of: nvcc on the PATH, /usr/local/cuda, nvidia-cuda-nvcc
+                       from PyPI.
+MAX_JOBS               how many compilers run at once.
+
+PyTorch's CUDAExtension is not used: it refuses to compile CUDA beside a CPU build of PyTorch, and it takes a folder for
+the toolkit that is wrong where nvcc is a wrapper script.
 """
 
+from __future__ import annotations
+
+import hashlib
+import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 
 TARGETED_TORCH = (2, 13)
 
 # The root and not csrc: a csrc on the include path would put its math.h before the system's.
-ROOT = os.path.dirname(os.path.abspath(__file__))
+ROOT = Path(__file__).resolve().parent
 
 try:
     import pybind11
@@ -37,9 +58,139 @@ if installed < TARGETED_TORCH:
 STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{TARGETED_TORCH[0]:02x}{TARGETED_TORCH[1]:02x}000000000000"
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# Machine code for the GPUs since Ampere, and PTX of the oldest, which the driver compiles for any other later one.
+DEFAULT_ARCHITECTURES = "80+PTX;86;89;90;100;120"
+OLDEST_ARCHITECTURE = 80
+
+
+class Unusable(Exception):
+    """Why a CUDA toolkit can't compile the kernels."""
+
+
+class Toolkit(NamedTuple):
+    nvcc: str
+    version: str
+    runtime: str  # the static library
+
+
+def cuda_choice(environment: Mapping[str, str]) -> str:
+    choice = environment.get("NEMO_EXT_CUDA") or "auto"
+    if choice not in ("auto", "0", "1"):
+        sys.exit(f"NEMO_EXT_CUDA must be auto, 0 or 1, got {choice!r}.")
+    return choice
+
+
+def cuda_architectures(environment: Mapping[str, str]) -> list[str]:
+    """What to compile for, as nvcc names it: machine code `sm_80`, …, then PTX `compute_80`, …"""
+    variable = next((name for name in ("NEMO_EXT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST") if environment.get(name)), "")
+    machine_code, ptx = [], []
+    for name in re.findall(r"[^;,\s]+", environment[variable] if variable else DEFAULT_ARCHITECTURES):
+        # The kernels use nothing that only 9.0a or 10.0f has: they are compiled for 9.0 or 10.0.
+        match = re.fullmatch(r"(\d+)\.?(\d)[af]?(\+PTX)?", name)
+        if match is None:
+            sys.exit(f"{variable} must name architectures like 80, 9.0 or 9.0+PTX, separated by ';', got {name!r}.")
+        number, with_ptx = match[1] + match[2], match[3]
+        if int(number) < OLDEST_ARCHITECTURE:
+            # TORCH_CUDA_ARCH_LIST is meant for all extensions, and set in many container images.
+            if variable == "TORCH_CUDA_ARCH_LIST":
+                print(f"nemo_ext: {name} of {variable} is left out, the kernels need 8.0 or newer")
+                continue
+            sys.exit(f"{variable} must name architectures of 80 or newer, which the kernels need, got {name!r}.")
+        machine_code.append(f"sm_{number}")
+        if with_ptx:
+            ptx.append(f"compute_{number}")
+    if not machine_code:
+        sys.exit(f"{variable} must name an architecture of 8.0 or newer, got {environment[variable]!r}.")
+    return list(dict.fromkeys(machine_code + ptx))
+
+
+def nvcc_candidates(environment: Mapping[str, str]) -> list[str]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if environment.get(variable):
+            # Nothing else then: a toolkit that was asked for is not replaced by another.
+            return [os.path.join(os.path.abspath(environment[variable]), "bin", "nvcc")]
+    on_path = shutil.which("nvcc", path=environment.get("PATH"))
+    # PyPI's packages unpack to nvidia/cu13, and are not on the PATH.
+    in_packages = [path for folder in sys.path for path in sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"))]
+    others = [str(path) for path in (Path("/usr/local/cuda/bin/nvcc"), *in_packages) if path.exists()]
+    return list(dict.fromkeys([on_path, *others] if on_path else others))
+
+
+def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str]) -> Toolkit:
+    """The toolkit around `nvcc`, which may be a wrapper script: where its folders are, only nvcc itself can say."""
+
+    def ask(*arguments: str) -> str:
+        try:
+            answer = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=True)
+        except OSError as error:
+            raise Unusable(f"{nvcc} does not start ({error.strerror})") from None
+        except subprocess.CalledProcessError as error:
+            raise Unusable(f"{nvcc} {arguments[0]} fails ({error.stderr.strip() or error.returncode})") from None
+        return answer.stdout + answer.stderr
+
+    version = re.search(r"release .*V(\d+(?:\.\d+)+)", ask("--version"))
+    if version is None:
+        raise Unusable(f"{nvcc} --version names no release")
+    known = ask("--list-gpu-code").split() + ask("--list-gpu-arch").split()
+    unknown = [name for name in architectures if name not in known]
+    if unknown:
+        raise Unusable(f"{nvcc} is of CUDA {version[1]}, which does not know {', '.join(unknown)}")
+    # Prints the commands it would run; the source need not exist.
+    dry_run = ask("--dryrun", "-ccbin", host_compiler, "-c", "kernels.cu")
+    for flag, name in (("-I", "cuda_runtime.h"), ("-L", "libcudart_static.a")):
+        folders = re.findall(f'"{flag}([^"]+)"', dry_run)
+        found = next((path for path in (Path(folder, name) for folder in folders) if path.is_file()), None)
+        if found is None:
+            raise Unusable(f"the toolkit of {nvcc} has no {name}")
+    return Toolkit(nvcc, version[1], runtime=str(found))
+
+
+def find_toolkit(environment: Mapping[str, str], host_compiler: str, architectures: list[str]) -> Toolkit:
+    reasons = []
+    for nvcc in nvcc_candidates(environment):
+        try:
+            return toolkit_of(nvcc, host_compiler, architectures)
+        except Unusable as reason:
+            reasons.append(str(reason))
+    raise Unusable("; ".join(reasons) or "no nvcc on the PATH, in /usr/local/cuda or among the Python packages")
+
+
+def compile_kernels(toolkit: Toolkit, host_compiler: str, architectures: list[str], folder: Path) -> Path:
+    """The object of csrc/cuda/value_projection.cu, compiled anew only where something has changed."""
+    source = ROOT / "csrc" / "cuda" / "value_projection.cu"
+    # Beside the object of value_projection.cpp.
+    target = folder / "csrc" / "cuda" / "value_projection.cu.o"
+    command = [toolkit.nvcc, "-ccbin", host_compiler, *NVCC_FLAGS, f"-I{ROOT}"]
+    for name in architectures:
+        command.append(f"-gencode=arch=compute_{name.partition('_')[2]},code={name}")
+    command += ["-c", str(source), "-o", str(target)]
+
+    # nvcc adds the options in two variables of its own.
+    options = [os.environ.get(f"NVCC_{which}_FLAGS", "") for which in ("PREPEND", "APPEND")]
+    inputs = hashlib.sha256(shlex.join([toolkit.version, *options, *command]).encode())
+    for path in sorted([*(ROOT / "csrc").glob("*.h"), *source.parent.glob("*.*")]):
+        inputs.update(path.read_bytes())
+    stamp = target.with_suffix(".sha256")
+    if target.exists() and stamp.exists() and stamp.read_text() == inputs.hexdigest():
+        return target
+
+    stamp.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    jobs = min(len(architectures), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    command.append(f"--threads={jobs}")
+    print(shlex.join(command), flush=True)
+    if subprocess.run(command, check=False).returncode != 0:
+        sys.exit(
+            f"nvcc {toolkit.version} could not compile {source.relative_to(ROOT)}, its messages are above; "
+            "NEMO_EXT_CUDA=0 builds without CUDA kernels."
+        )
+    stamp.write_text(inputs.hexdigest())
+    return target
+
 
 class BuildWithFacts(BuildExtension):
-    """Says what to install where there is no compiler, and tells `_module` how it was built."""
+    """Says what to install where there is no compiler, adds the CUDA kernels, and tells `_module` how it was built."""
 
     def build_extensions(self) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -49,43 +200,72 @@ class BuildWithFacts(BuildExtension):
                 "(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; conda: conda install gxx), "
                 "or set CXX to its name."
             )
+        operators, module = self.extensions
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        cuda, architectures = self.add_cuda(operators, compiler)
+        print(f"nemo_ext: CUDA kernels {cuda}", flush=True)
         facts = {
             "VERSION": self.distribution.get_version(),
             "COMPILER": version.splitlines()[0],
             "FLAGS": " ".join([*FLAGS, STABLE_ABI]),
             "TORCH": torch.__version__,
             "PLATFORM": f"{platform.system()} {platform.machine()}",
+            "CUDA": cuda,
+            "CUDA_ARCHITECTURES": " ".join(architectures),
         }
-        for extension in self.extensions:
-            if extension.name == "nemo_ext._module":
-                extension.define_macros = [(f"NEMO_EXT_{key}", f'"{value}"') for key, value in facts.items()]
+        module.define_macros = [(f"NEMO_EXT_{key}", json.dumps(value)) for key, value in facts.items()]
         super().build_extensions()
 
+    def add_cuda(self, operators: Extension, compiler: list[str]) -> tuple[str, list[str]]:
+        """Add the CUDA kernels if they are wanted and can be built; tell so in words, and for which architectures."""
+        choice = cuda_choice(os.environ)
+        if choice == "0":
+            return "left out: NEMO_EXT_CUDA=0", []
+        architectures = cuda_architectures(os.environ)
+        # nvcc takes the name of a compiler, not a command like "ccache g++".
+        host_compiler = next((word for word in compiler if not word.endswith("cache")), compiler[0])
+        try:
+            toolkit = find_toolkit(os.environ, host_compiler, architectures)
+        except Unusable as reason:
+            if choice == "1":
+                sys.exit(
+                    f"NEMO_EXT_CUDA=1 needs a CUDA toolkit for {', '.join(architectures)}, and found none: {reason}. "
+                    "Set CUDA_HOME to the folder of one, or build without CUDA kernels by NEMO_EXT_CUDA=0."
+                )
+            return f"left out: {reason}", []
+        operators.extra_objects = [
+            str(compile_kernels(toolkit, host_compiler, architectures, Path(self.build_temp))),
+            toolkit.runtime,
+        ]
+        operators.libraries += ["dl", "rt", "pthread"]
+        operators.sources.append("csrc/cuda/value_projection.cpp")
+        return f"compiled by nvcc {toolkit.version}", architectures
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "nemo_ext._C",
-            [
-                "csrc/registration.cpp",
-                "csrc/cpu/value_projection.cpp",
-                "csrc/cpu/tile_default.cpp",
-                "csrc/cpu/tile_avx2.cpp",
-                "csrc/cpu/tile_avx512.cpp",
-                "csrc/cpu/tile_avx512_bf16.cpp",
-            ],
-            py_limited_api=True,
-            include_dirs=[ROOT],
-            extra_compile_args=[*FLAGS, STABLE_ABI],
-        ),
-        Extension(
-            "nemo_ext._module",
-            ["csrc/module.cpp"],
-            language="c++",
-            include_dirs=[ROOT, pybind11.get_include()],
-            extra_compile_args=FLAGS,
-        ),
-    ],
-    cmdclass={"build_ext": BuildWithFacts},
-)
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            CppExtension(
+                "nemo_ext._C",
+                [
+                    "csrc/registration.cpp",
+                    "csrc/cpu/value_projection.cpp",
+                    "csrc/cpu/tile_default.cpp",
+                    "csrc/cpu/tile_avx2.cpp",
+                    "csrc/cpu/tile_avx512.cpp",
+                    "csrc/cpu/tile_avx512_bf16.cpp",
+                ],
+                py_limited_api=True,
+                include_dirs=[str(ROOT)],
+                extra_compile_args=[*FLAGS, STABLE_ABI],
+            ),
+            Extension(
+                "nemo_ext._module",
+                ["csrc/module.cpp"],
+                language="c++",
+                include_dirs=[str(ROOT), pybind11.get_include()],
+                extra_compile_args=FLAGS,
+            ),
+        ],
+        cmdclass={"build_ext": BuildWithFacts},
+    )

@@ -15,7 +15,8 @@ py::dict build_facts() {
   facts["compiler"] = NEMO_EXT_COMPILER;
   facts["flags"] = NEMO_EXT_FLAGS;
   facts["torch"] = NEMO_EXT_TORCH;
-  facts["cuda_architectures"] = py::list();
+  facts["cuda"] = NEMO_EXT_CUDA;
+  facts["cuda_architectures"] = py::str(NEMO_EXT_CUDA_ARCHITECTURES).attr("split")();
   return facts;
 }
 

@@ -7,6 +7,7 @@ stderr, and leaves no half-written file. Exit codes: 0 done, 1 failed, 2 wrong u
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -665,14 +666,18 @@ def _load(args: argparse.Namespace) -> StableDiffusionPipeline:
     from nemo_ext.files import load_pipeline
 
     _quiet_libraries()
-    compiled = bool(info.collect().get("build", {}).get("cuda_architectures"))
-    count = torch.cuda.device_count()
-    device = args.device or ("cuda" if compiled and count else "cpu")
+    # Before the other compiled module: it says what to do where they are missing.
+    importlib.import_module("nemo_ext.ops")
+    build = importlib.import_module("nemo_ext._module").build_facts()
+    found = [] if args.device == "cpu" else info.gpus()
+    device = args.device or ("cuda" if found and info.cuda_obstacle(build, found[0]) is None else "cpu")
     if device != "cpu":
-        if not compiled:
-            raise NemoError(f"--device {device}: this build of nemo_ext has no CUDA kernels, use --device cpu")
-        if int(device.partition(":")[2] or 0) >= count:
-            raise NemoError(f"--device {device}: PyTorch sees {count} CUDA devices, use --device cpu")
+        index = int(device.partition(":")[2] or 0)
+        if index >= len(found):
+            raise NemoError(f"--device {device}: PyTorch sees {len(found)} CUDA devices, use --device cpu")
+        obstacle = info.cuda_obstacle(build, found[index])
+        if obstacle is not None:
+            raise NemoError(f"--device {device}: {obstacle}; or use --device cpu")
     return load_pipeline(args.model, device=device, dtype=getattr(torch, args.dtype))
 
 

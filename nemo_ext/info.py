@@ -5,10 +5,58 @@ from __future__ import annotations
 import importlib
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 _PACKAGES = ("nemo_ext", "torch", "diffusers", "transformers", "safetensors", "numpy")
+
+
+class Gpu(NamedTuple):
+    """A CUDA device as PyTorch sees it."""
+
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def architecture(self) -> str:
+        return "sm_{}{}".format(*self.capability)
+
+
+def gpus() -> list[Gpu]:
+    import torch
+
+    indices = range(torch.cuda.device_count())
+    return [Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) for index in indices]
+
+
+def cuda_obstacle(build: Mapping[str, Any], gpu: Gpu) -> str | None:
+    """Why the operators can't run on `gpu` and what to do about it, None where they can.
+
+    Args:
+        build: what `nemo_ext._module.build_facts()` tells.
+        gpu: one of `gpus()`.
+    """
+    compiled = build["cuda_architectures"]
+    rebuild = "pip install --force-reinstall --no-deps . in the source tree"
+    if not compiled:
+        return (
+            f"this build of nemo_ext has no CUDA kernels ({build['cuda']}); to have them for {gpu.name}, install a "
+            f"CUDA toolkit and run NEMO_EXT_CUDA=1 {rebuild}"
+        )
+    if any(_runs_on(architecture, gpu.capability) for architecture in compiled):
+        return None
+    obstacle = f"the CUDA kernels of this build ({', '.join(compiled)}) don't run on {gpu.name} ({gpu.architecture})"
+    if gpu.capability < (8, 0):
+        return f"{obstacle}, they need sm_80 or newer"
+    return f"{obstacle}; to have them there, run NEMO_EXT_CUDA=1 NEMO_EXT_CUDA_ARCHS={gpu.architecture[3:]} {rebuild}"
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Machine code runs within its major version, from its minor version on; PTX on whatever came later."""
+    kind, _, number = architecture.partition("_")
+    major, minor = int(number[:-1]), int(number[-1])
+    return (major, minor) <= capability and (kind == "compute" or major == capability[0])
 
 
 def _version_of(package: str) -> str | None:
@@ -19,7 +67,8 @@ def _version_of(package: str) -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """Facts for a bug report: `build`, `cpu`, `devices`, `packages`, `python`, and `error` where something is missing.
+    """Facts for a bug report: `build`, `backends`, `cpu`, `devices`, `packages`, `python`, `notes` on what to do for a
+    GPU that isn't used, and `error` where something is missing.
 
     Never raises: a package that does not load is what a report is most often about.
     """
@@ -31,12 +80,22 @@ def collect() -> dict[str, Any]:
     try:
         import torch
 
-        facts["devices"] = ["cpu"] + [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        # Unlike the package's version this tells a CPU build from a CUDA build.
+        facts["packages"]["torch"] = torch.__version__
+        found = gpus()
+        facts["devices"] = ["cpu", *(f"{gpu.name} ({gpu.architecture})" for gpu in found)]
         facts["threads"] = torch.get_num_threads()
         module = importlib.import_module("nemo_ext._module")
         facts["build"] = module.build_facts()
         facts["cpu"] = {"capabilities": module.cpu_capabilities(), "used": module.cpu_capability()}
+        obstacles = (cuda_obstacle(facts["build"], gpu) for gpu in found)
+        facts["notes"] = list(dict.fromkeys(obstacle for obstacle in obstacles if obstacle is not None))
         importlib.import_module("nemo_ext.ops")
+        facts["backends"] = [
+            key.lower()
+            for key in ("CPU", "CUDA")
+            if torch._C._dispatch_has_kernel_for_dispatch_key("nemo_ext::value_projection", key)
+        ]
     except (ImportError, RuntimeError) as error:
         facts["error"] = str(error)
     return facts
