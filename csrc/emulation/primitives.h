@@ -1,0 +1,176 @@
+// The names of csrc/cuda/primitives.h for any compiler but nvcc, executed by csrc/emulation/emulator.cpp.
+//
+// Every access to memory is checked first and then made here, inlined into the kernel, where sanitizers see
+// it.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "csrc/emulation/emulator.h"
+
+#define NEMO_EXT_DEVICE inline
+#define NEMO_EXT_KERNEL(threads, blocks) inline void
+
+namespace nemo_ext::cuda {
+
+using emulation::Where;
+
+NEMO_EXT_DEVICE int thread_index() {
+  return emulation::thread_index();
+}
+NEMO_EXT_DEVICE int block_index_x() {
+  return emulation::block_index_x();
+}
+NEMO_EXT_DEVICE int block_index_y() {
+  return emulation::block_index_y();
+}
+NEMO_EXT_DEVICE int grid_size_y() {
+  return emulation::grid_size_y();
+}
+
+NEMO_EXT_DEVICE void sync_threads(Where where = Where::current()) {
+  emulation::sync_threads(where);
+}
+NEMO_EXT_DEVICE void sync_warp(Where where = Where::current()) {
+  emulation::sync_warp(where);
+}
+
+template <typename T>
+NEMO_EXT_DEVICE T shuffle_xor(T value, int mask, Where where = Where::current()) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = emulation::shuffle_xor(bits, mask, where);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+template <typename T>
+NEMO_EXT_DEVICE T load_global(const T* source, Where where = Where::current()) {
+  emulation::check_global("load_global", source, sizeof(T), alignof(T), false, where);
+  T value;
+  std::memcpy(&value, source, sizeof(T));
+  return value;
+}
+template <typename T>
+NEMO_EXT_DEVICE void store_global(T* target, T value, Where where = Where::current()) {
+  emulation::check_global("store_global", target, sizeof(T), alignof(T), true, where);
+  std::memcpy(target, &value, sizeof(T));
+}
+NEMO_EXT_DEVICE void atomic_or_global(int* target, int bits, Where where = Where::current()) {
+  emulation::check_global("atomic_or_global", target, sizeof(int), sizeof(int), true, where);
+  __atomic_fetch_or(target, bits, __ATOMIC_RELAXED);
+}
+
+template <typename T>
+NEMO_EXT_DEVICE T load_shared(uint32_t offset, Where where = Where::current()) {
+  T value;
+  std::memcpy(&value, emulation::checked_shared("load_shared", offset, sizeof(T), alignof(T), where),
+              sizeof(T));
+  return value;
+}
+template <typename T>
+NEMO_EXT_DEVICE void store_shared(uint32_t offset, T value, Where where = Where::current()) {
+  std::memcpy(emulation::checked_shared("store_shared", offset, sizeof(T), alignof(T), where), &value,
+              sizeof(T));
+}
+
+// From here to its landing the target holds NaN: a thread that still reads what was there, or reads the copy
+// too early, reads that. The landing, in copy_async_wait, is as late as the hardware may make it.
+NEMO_EXT_DEVICE void copy_async_16(uint32_t offset, const void* source, bool exists,
+                                   Where where = Where::current()) {
+  unsigned char* target = emulation::checked_shared("copy_async_16", offset, 16, 16, where);
+  emulation::check_global("copy_async_16", source, exists ? 16 : 0, 16, false, where);
+  emulation::begin_copy({target, exists ? static_cast<const unsigned char*>(source) : nullptr}, where);
+  std::memset(target, 0xff, 16);
+}
+NEMO_EXT_DEVICE void copy_async_commit() {
+  emulation::commit_copies();
+}
+template <int kPending>
+NEMO_EXT_DEVICE void copy_async_wait() {
+  emulation::Copy copy;
+  while (emulation::land_copy(kPending, copy)) {
+    if (copy.source) {
+      std::memcpy(copy.target, copy.source, 16);
+    } else {
+      std::memset(copy.target, 0, 16);
+    }
+  }
+}
+
+NEMO_EXT_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t row_offset,
+                                   Where where = Where::current()) {
+  std::memcpy(words, emulation::checked_shared("load_matrices", row_offset, 16, 16, where), 16);
+  emulation::load_matrices(words, where);
+}
+
+NEMO_EXT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
+                                  uint32_t right1, BFloat16, Where where = Where::current()) {
+  emulation::multiply_add(emulation::Product::BFloat16, sum, left, right0, right1, where);
+}
+NEMO_EXT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
+                                  uint32_t right1, Float16, Where where = Where::current()) {
+  emulation::multiply_add(emulation::Product::Float16, sum, left, right0, right1, where);
+}
+NEMO_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
+                                       uint32_t right1, Where where = Where::current()) {
+  emulation::multiply_add(emulation::Product::Tf32, sum, left, right0, right1, where);
+}
+
+NEMO_EXT_DEVICE bool is_finite(float value) {
+  return std::isfinite(value);
+}
+NEMO_EXT_DEVICE float absolute(float value) {
+  return std::fabs(value);
+}
+NEMO_EXT_DEVICE int count_bits(uint32_t bits) {
+  return std::popcount(bits);
+}
+NEMO_EXT_DEVICE float as_float(uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+NEMO_EXT_DEVICE uint32_t as_bits(float value) {
+  return std::bit_cast<uint32_t>(value);
+}
+
+NEMO_EXT_DEVICE float to_float(float value) {
+  return value;
+}
+NEMO_EXT_DEVICE float to_float(BFloat16 value) {
+  return as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+NEMO_EXT_DEVICE float to_float(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  if (magnitude >= 0x0f800000) return as_float(sign | 0x70000000 | magnitude);  // infinity and NaN
+  // With float32's bias of 127 in place of 15; exact, for subnormal numbers too.
+  return as_float(sign | as_bits(as_float(magnitude) * 0x1p112f));
+}
+NEMO_EXT_DEVICE void from_float(float& target, float value) {
+  target = value;
+}
+NEMO_EXT_DEVICE void from_float(BFloat16& target, float value) {
+  const uint32_t bits = as_bits(value);
+  target.bits = std::isnan(value) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+NEMO_EXT_DEVICE void from_float(Float16& target, float value) {
+  const uint16_t sign = as_bits(value) >> 16 & 0x8000;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) {
+    target.bits = 0x7fff;
+  } else if (magnitude < 0x1p-14f) {
+    // Subnormal: the float's own addition rounds at 2^-24, the unit of 0.5.
+    target.bits = sign | static_cast<uint16_t>(as_bits(magnitude + 0.5f) - 0x3f000000);
+  } else if (magnitude >= 65520) {
+    target.bits = sign | 0x7c00;
+  } else {
+    const uint32_t bits = as_bits(magnitude) - (112u << 23);
+    target.bits = sign | static_cast<uint16_t>((bits + 0xfff + (bits >> 13 & 1)) >> 13);
+  }
+}
+
+}  // namespace nemo_ext::cuda

@@ -1,0 +1,280 @@
+#include "csrc/emulation/probes.h"
+
+#include <algorithm>
+#include <iterator>
+#include <stdexcept>
+
+#include "csrc/cuda/primitives.h"
+
+namespace nemo_ext::cuda {
+namespace {
+using Words = Vector<uint32_t, 4>;
+
+struct Probe {
+  const char* name;
+  int threads;
+  int shared_bytes;
+  void (*kernel)(const uint32_t* input, uint32_t* output);
+};
+
+int64_t global_index(int threads) {
+  return block_index_x() * threads + thread_index();
+}
+
+// Input: per lane sum, left and right. Output: per lane sum.
+template <typename Multiply>
+void multiply(const uint32_t* input, uint32_t* output, Multiply multiply_add) {
+  input += thread_index() * 10;
+  float sum[4];
+  uint32_t left[4];
+  for (int i = 0; i < 4; ++i) {
+    sum[i] = as_float(load_global(input + i));
+    left[i] = load_global(input + 4 + i);
+  }
+  multiply_add(sum, left, load_global(input + 8), load_global(input + 9));
+  for (int i = 0; i < 4; ++i) {
+    store_global(output + thread_index() * 4 + i, as_bits(sum[i]));
+  }
+}
+
+// Every thread notes at a shared place, read by its neighbour after `synchronize`.
+template <typename Synchronize>
+void pass_to_neighbour(uint32_t* output, int threads, Synchronize synchronize) {
+  store_shared(thread_index() * 4, static_cast<uint32_t>(thread_index()));
+  synchronize();
+  store_global(output + thread_index(), load_shared<uint32_t>((thread_index() + 1) % threads * 4));
+}
+
+constexpr Probe kProbes[] = {
+    {"multiply_add_bfloat16", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       multiply(input, output,
+                [](float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+                  multiply_add(sum, left, right0, right1, BFloat16());
+                });
+     }},
+    {"multiply_add_float16", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       multiply(input, output,
+                [](float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+                  multiply_add(sum, left, right0, right1, Float16());
+                });
+     }},
+    {"multiply_add_tf32", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       multiply(input, output,
+                [](float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+                  multiply_add_tf32(sum, left, right0, right1);
+                });
+     }},
+    // Input: 128 words of shared memory, then per lane the offset of its row. Output: per lane 4 words.
+    {"load_matrices", 32, 512,
+     [](const uint32_t* input, uint32_t* output) {
+       store_shared(thread_index() * 16, load_global(reinterpret_cast<const Words*>(input) + thread_index()));
+       sync_warp();
+       Words words;
+       load_matrices(words.data, load_global(input + 128 + thread_index()));
+       store_global(reinterpret_cast<Words*>(output) + thread_index(), words);
+     }},
+    // Input: per lane a mask. Output: the lane whose number came.
+    {"shuffle_xor", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       const int mask = load_global(input + thread_index());
+       store_global(output + thread_index(), static_cast<uint32_t>(shuffle_xor(thread_index(), mask)));
+     }},
+
+    // From input to output, word by word.
+    {"from_float_bfloat16", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       BFloat16 rounded;
+       from_float(rounded, as_float(load_global(input + global_index(32))));
+       store_global(output + global_index(32), uint32_t(rounded.bits));
+     }},
+    {"from_float_float16", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       Float16 rounded;
+       from_float(rounded, as_float(load_global(input + global_index(32))));
+       store_global(output + global_index(32), uint32_t(rounded.bits));
+     }},
+    {"to_float_bfloat16", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       const BFloat16 value{static_cast<uint16_t>(load_global(input + global_index(32)))};
+       store_global(output + global_index(32), as_bits(to_float(value)));
+     }},
+    {"to_float_float16", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       const Float16 value{static_cast<uint16_t>(load_global(input + global_index(32)))};
+       store_global(output + global_index(32), as_bits(to_float(value)));
+     }},
+
+    // Output: how many came, then who, in order.
+    {"order_of_threads", 64, 0,
+     [](const uint32_t*, uint32_t* output) {
+       for (int turn = 0; turn < 2; ++turn) {
+         const uint32_t came = load_global(output);
+         store_global(output + 1 + came, uint32_t(global_index(64)));
+         store_global(output, came + 1);
+         sync_threads();
+       }
+     }},
+    {"shared_memory_at_the_start", 32, 128,
+     [](const uint32_t*, uint32_t* output) {
+       store_global(output + global_index(32), load_shared<uint32_t>(thread_index() * 4));
+       store_shared(thread_index() * 4, 1u);
+     }},
+    {"atomic_or", 64, 0,
+     [](const uint32_t*, uint32_t* output) {
+       atomic_or_global(reinterpret_cast<int*>(output), 1 << thread_index() % 32);
+     }},
+
+    // Three groups: a copy, one of a source that does not exist, and none. Output: 8 words of shared memory
+    // before a wait and after waits for all but 2, all but 1 and all groups. A copy that was never committed
+    // ends nowhere.
+    {"copy_async", 32, 48,
+     [](const uint32_t* input, uint32_t* output) {
+       if (thread_index() != 0) return;
+       const auto show = [&](int step) {
+         for (int i = 0; i < 8; ++i) store_global(output + step * 8 + i, load_shared<uint32_t>(i * 4));
+       };
+       for (int i = 0; i < 8; ++i) store_shared(i * 4, 0u);
+       copy_async_16(0, input, true);
+       copy_async_commit();
+       copy_async_16(16, input + 4, false);
+       copy_async_commit();
+       copy_async_commit();
+       copy_async_16(32, input, true);
+       show(0);
+       copy_async_wait<2>();
+       show(1);
+       copy_async_wait<1>();
+       show(2);
+       copy_async_wait<0>();
+       store_global(output + 24, load_shared<uint32_t>(32));
+     }},
+
+    // What threads of a block may and may not do without a barrier.
+    {"neighbours_with_barrier", 64, 256,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 64, [] { sync_threads(); }); }},
+    {"neighbours_without_barrier", 64, 256,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 64, [] {}); }},
+    {"neighbours_with_warp_barrier", 32, 128,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 32, [] { sync_warp(); }); }},
+    {"neighbours_across_warps_with_warp_barrier", 64, 256,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 64, [] { sync_warp(); }); }},
+    {"neighbours_with_shuffle", 32, 128,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 32, [] { shuffle_xor(0, 1); }); }},
+    {"copy_lands_for_neighbour", 32, 512,
+     [](const uint32_t* input, uint32_t* output) {
+       copy_async_16(thread_index() * 16, input, true);
+       copy_async_commit();
+       copy_async_wait<0>();
+       store_global(output + thread_index(), load_shared<uint32_t>((thread_index() + 1) % 32 * 16));
+     }},
+    {"copy_begins_while_neighbour_reads", 32, 512,
+     [](const uint32_t* input, uint32_t* output) {
+       store_global(output + thread_index(), load_shared<uint32_t>((thread_index() + 1) % 32 * 16));
+       copy_async_16(thread_index() * 16, input, true);
+       sync_threads();
+       copy_async_commit();
+       copy_async_wait<0>();
+     }},
+    {"blocks_store_to_one_place", 32, 0,
+     [](const uint32_t*, uint32_t* output) {
+       if (thread_index() == 0) store_global(output, 1u);
+     }},
+
+    // Each an error; of a block with 64 threads, 64 words of input and of output, and 256 bytes of shared
+    // memory.
+    {"load_beyond_input", 64, 256,
+     [](const uint32_t* input, uint32_t*) { load_global(input + 27 + thread_index()); }},
+    {"load_before_input", 64, 256,
+     [](const uint32_t* input, uint32_t*) { load_global(input - 1 + thread_index()); }},
+    {"load_of_the_16th_words", 64, 256,
+     [](const uint32_t* input, uint32_t*) { load_global(reinterpret_cast<const Words*>(input) + 15); }},
+    {"load_far_from_everything", 64, 256,
+     [](const uint32_t* input, uint32_t*) { load_global(input + (1 << 24)); }},
+    {"load_misaligned", 64, 256,
+     [](const uint32_t* input, uint32_t*) {
+       load_global(reinterpret_cast<const Words*>(input + thread_index()));
+     }},
+    {"store_beyond_output", 64, 256,
+     [](const uint32_t*, uint32_t* output) { store_global(output + 64 + thread_index(), 1u); }},
+    {"store_to_input", 64, 256,
+     [](const uint32_t* input, uint32_t*) { store_global(const_cast<uint32_t*>(input), 1u); }},
+    {"atomic_or_to_input", 64, 256,
+     [](const uint32_t* input, uint32_t*) {
+       atomic_or_global(reinterpret_cast<int*>(const_cast<uint32_t*>(input)), 1);
+     }},
+    {"load_shared_beyond_the_end", 64, 256,
+     [](const uint32_t*, uint32_t*) { load_shared<uint32_t>(4 + thread_index() * 4); }},
+    {"load_shared_misaligned", 64, 256,
+     [](const uint32_t*, uint32_t*) { load_shared<Words>(thread_index() * 4); }},
+    {"store_shared_beyond_the_end", 64, 256,
+     [](const uint32_t*, uint32_t*) { store_shared(uint32_t(-4), 1u); }},
+    {"load_matrices_misaligned", 64, 256,
+     [](const uint32_t*, uint32_t*) {
+       uint32_t words[4];
+       load_matrices(words, thread_index() % 2 * 8);
+     }},
+    {"copy_to_misaligned", 64, 256, [](const uint32_t* input, uint32_t*) { copy_async_16(8, input, true); }},
+    {"copy_from_misaligned", 64, 256,
+     [](const uint32_t* input, uint32_t*) { copy_async_16(0, input + 2, true); }},
+    {"copy_beyond_input", 64, 256,
+     [](const uint32_t* input, uint32_t*) { copy_async_16(0, input + 64, true); }},
+    {"barrier_that_one_thread_leaves_out", 64, 256,
+     [](const uint32_t*, uint32_t*) {
+       if (thread_index() != 37) sync_threads();
+     }},
+    {"warp_barrier_that_one_lane_leaves_out", 64, 256,
+     [](const uint32_t*, uint32_t*) {
+       if (thread_index() != 37) sync_warp();
+     }},
+    {"barrier_and_shuffle_in_one_warp", 64, 256,
+     [](const uint32_t*, uint32_t*) {
+       if (thread_index() == 37) {
+         shuffle_xor(1, 1);
+       } else {
+         sync_threads();
+       }
+     }},
+    {"shuffle_with_mask_32", 64, 256, [](const uint32_t*, uint32_t*) { shuffle_xor(1, 32); }},
+
+    // Past what the emulation checks, for AddressSanitizer and UndefinedBehaviorSanitizer.
+    {"own_array_overrun", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       uint32_t own[4] = {};
+       uint32_t* element = own + load_global(input);
+       *element = 1;
+       store_global(output, own[0] + own[3]);
+     }},
+    {"access_behind_the_primitives", 32, 0,
+     [](const uint32_t* input, uint32_t* output) { store_global(output, input[load_global(input)]); }},
+    {"signed_overflow", 32, 0,
+     [](const uint32_t* input, uint32_t* output) {
+       const int large = 0x7fffffff;
+       store_global(output, static_cast<uint32_t>(large + static_cast<int>(load_global(input))));
+     }},
+};
+
+}  // namespace
+}  // namespace nemo_ext::cuda
+
+namespace nemo_ext::emulation {
+
+void run_probe(const std::string& name, const uint32_t* input, size_t input_size, uint32_t* output,
+               size_t output_size, int64_t blocks, Order order, uint64_t seed) {
+  const auto* probe = std::find_if(std::begin(cuda::kProbes), std::end(cuda::kProbes),
+                                   [&](const cuda::Probe& each) { return name == each.name; });
+  if (probe == std::end(cuda::kProbes)) throw std::runtime_error("no probe is called " + name);
+  run({.grid_x = blocks,
+       .grid_y = 1,
+       .threads = probe->threads,
+       .shared_bytes = probe->shared_bytes,
+       .order = order,
+       .seed = seed},
+      {{input, input_size * sizeof(uint32_t), false, "input"},
+       {output, output_size * sizeof(uint32_t), true, "output"}},
+      [&] { probe->kernel(input, output); });
+}
+
+}  // namespace nemo_ext::emulation
