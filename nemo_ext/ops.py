@@ -5,7 +5,7 @@ e = `hidden` [B, T, K], W = `weight` [N, K], s = `scale` [N] or [B, N], v = `val
 a = `activation` [B, N].
 
 The schemas are in csrc/registration.cpp, the kernels in csrc/cpu and csrc/cuda; this file adds what PyTorch wants to
-know in Python: result shapes (fakes), gradients, autocast. `nemo_ext.reference` has the same functions in plain PyTorch.
+know in Python: result shapes (fakes), gradients, autocast. `nemo_ext.reference` has the same in plain PyTorch.
 
 On the CPU the environment variable NEMO_EXT_CPU_CAPABILITY (avx512_bf16, avx512, avx2 or default) chooses among the
 kernels' variants; without it the best one that the CPU supports runs. It is read once, by the first call. Results
@@ -22,6 +22,7 @@ the other prompts of the call; `mean` and `m2` differ in rounding from one model
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -167,33 +168,55 @@ def _value_projection_stats_fake(
     return values, hidden.new_empty(batch, weight.shape[0], dtype=torch.float32)
 
 
+@torch.library.register_fake("nemo_ext::value_projection_scale_gradient")
+def _scale_gradient_fake(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_devices(hidden=hidden, gradient=gradient, weight=weight, bias=bias)
+    return hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _value_projection_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, scale = ctx.saved_tensors
-    want_hidden, want_weight, want_bias, want_scale = ctx.needs_input_grad
-    grad_hidden = grad_weight = grad_bias = grad_scale = None
-    if want_scale:
-        # Projected anew, for values / scale does not exist where a neuron is switched off.
-        unscaled = torch.ops.nemo_ext.value_projection(hidden, weight, bias, None)
-        by_token = grad_values.float() * unscaled.float()
-        grad_scale = by_token.sum(1 if scale.dim() == 2 else (0, 1)).to(scale.dtype)
+def _input_gradients(
+    gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias: products that a library does best."""
+    want_hidden, want_weight, want_bias = wanted
     if scale is not None:
-        by_row = scale.unsqueeze(1) if scale.dim() == 2 else scale
-        grad_values = (grad_values * by_row).to(hidden.dtype)
-    if want_hidden:
-        grad_hidden = grad_values @ weight
-    if want_weight:
-        grad_weight = grad_values.flatten(0, 1).T @ hidden.flatten(0, 1)
-    if want_bias:
-        grad_bias = grad_values.sum((0, 1), dtype=torch.float32).to(bias.dtype)
-    return grad_hidden, grad_weight, grad_bias, grad_scale
+        gradient = (gradient * (scale.unsqueeze(1) if scale.dim() == 2 else scale)).to(hidden.dtype)
+    return (
+        gradient @ weight if want_hidden else None,
+        gradient.flatten(0, 1).T @ hidden.flatten(0, 1) if want_weight else None,
+        gradient.sum((0, 1), dtype=torch.float32).to(bias.dtype) if want_bias and bias is not None else None,
+    )
+
+
+def _value_projection_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, scale = ctx.saved_tensors
+    grad_scale = None
+    if ctx.needs_input_grad[3]:
+        # Projected anew, for values / scale does not exist where a neuron is switched off.
+        by_prompt = torch.ops.nemo_ext.value_projection_scale_gradient(gradient, hidden, weight, bias)
+        grad_scale = (by_prompt if scale.dim() == 2 else by_prompt.sum(0)).to(scale.dtype)
+    return *_input_gradients(gradient, hidden, weight, bias, scale, ctx.needs_input_grad[:3]), grad_scale
+
+
+def _scale_gradient_backward(ctx: Any, gradient_of_sums: Tensor) -> tuple[Tensor | None, ...]:
+    """The sums are linear in what was multiplied: each factor's gradient is the projection with the other as scale."""
+    gradient, hidden, weight, bias = ctx.saved_tensors
+    want_gradient, *wanted = ctx.needs_input_grad
+    grad_gradient = None
+    if want_gradient:
+        grad_gradient = torch.ops.nemo_ext.value_projection(hidden, weight, bias, gradient_of_sums)
+    return grad_gradient, *_input_gradients(gradient, hidden, weight, bias, gradient_of_sums, wanted)
 
 
 torch.library.register_autograd(
     "nemo_ext::value_projection", _value_projection_backward, setup_context=_save_for_backward
+)
+torch.library.register_autograd(
+    "nemo_ext::value_projection_scale_gradient", _scale_gradient_backward, setup_context=_save_for_backward
 )
 
 _implementations = torch.library.Library("nemo_ext", "IMPL")
