@@ -131,6 +131,21 @@ inline Sizes check_projection(const Tensor& hidden, const Tensor& weight, const 
   return sizes;
 }
 
+inline void check_gradient(const Sizes& sizes, const Tensor& hidden, const Tensor& gradient) {
+  check_shape("gradient", gradient, {sizes.batch, sizes.tokens, sizes.out_features},
+              "[batch, tokens, out_features]");
+  check_dtype("gradient", gradient, hidden.scalar_type());
+  check_device("gradient", gradient, hidden);
+}
+
+// Without a token there is nothing to average over. A mask can leave none too, but that is in its data.
+inline void check_some_tokens(const Sizes& sizes, const std::optional<Tensor>& token_mask) {
+  if (sizes.batch > 0 && sizes.tokens == 0) {
+    fail(token_mask ? "token_mask" : "hidden",
+         " must leave at least one token of every prompt, got none for prompt 0");
+  }
+}
+
 inline void check_statistics(const Sizes& sizes, const Tensor& hidden,
                              const std::optional<Tensor>& token_mask, const Tensor& count, const Tensor& mean,
                              const Tensor& m2) {
@@ -154,6 +169,7 @@ inline void check_statistics(const Sizes& sizes, const Tensor& hidden,
            buffer.tensor.stride(0));
     }
   }
+  check_some_tokens(sizes, token_mask);
   const auto* first = static_cast<const double*>(mean.const_data_ptr());
   const auto* second = static_cast<const double*>(m2.const_data_ptr());
   if (first < second + sizes.out_features && second < first + sizes.out_features) {

@@ -11,6 +11,9 @@ STABLE_TORCH_LIBRARY(nemo_ext, library) {
       "value_projection_stats(Tensor hidden, Tensor weight, Tensor? bias, Tensor? scale, Tensor? token_mask, "
       "Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, bool return_values) -> (Tensor values, Tensor "
       "activation)");
+  library.def(
+      "value_projection_scale_gradient(Tensor gradient, Tensor hidden, Tensor weight, Tensor? bias) -> "
+      "Tensor");
 }
 
 // Importing the module is what loads the library; there is nothing in it.

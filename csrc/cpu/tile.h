@@ -4,27 +4,9 @@
 #include <cstdint>
 
 #include "csrc/cpu/capability.h"
+#include "csrc/projection.h"
 
 namespace nemo_ext::cpu {
-
-enum class Element { Float32, BFloat16, Float16 };
-
-// One call: values = (hidden weightᵀ + bias) · scale, and activation = mean over tokens of abs(hidden weightᵀ
-// + bias).
-struct Projection {
-  int64_t batch, tokens, in_features, out_features;
-  Element element;  // of hidden, weight and values
-  const void* hidden;
-  int64_t hidden_strides[3];
-  const void* weight;
-  int64_t weight_strides[2];
-  const float* bias;           // [out_features] or null
-  const float* scale;          // [out_features], [batch, out_features] or null
-  int64_t scale_batch_stride;  // 0: one scale for all prompts
-  const bool* token_mask;      // [batch, tokens] or null: every token counts
-  void* values;                // [batch, tokens, out_features] or null
-  float* activation;           // [batch, out_features] or null
-};
 
 struct Variant {
   int64_t panel_width;  // neurons side by side in one panel of the packed weight

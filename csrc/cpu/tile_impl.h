@@ -289,9 +289,24 @@ inline void write_values(const Projection& p, int64_t first, const float* values
   }
 }
 
+// The other way round: `count` elements of the gradient of one token.
+inline void read_gradient(const Projection& p, int64_t first, int64_t count, float* gradient) {
+  const void* source = offset(p, p.gradient, first);
+  for (int64_t i = 0; i < count; ++i) {
+    if (p.element == Element::Float32) {
+      gradient[i] = static_cast<const float*>(source)[i];
+    } else if (p.element == Element::BFloat16) {
+      gradient[i] = to_float(static_cast<const uint16_t*>(source)[i]);
+    } else {
+      gradient[i] = half_to_float(static_cast<const uint16_t*>(source)[i]);
+    }
+  }
+}
+
 void project(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end,
              float* scratch) {
   const bool in_place = reads_in_place(p);
+  float* const sums = p.activation ? p.activation : p.scale_gradient;  // over tokens, per prompt and neuron
   const int64_t per_unit = in_pairs(p) ? 2 : 1;
   for (int64_t block = 0; block < p.tokens; block += kTokens) {
     const int64_t tokens = p.tokens - block < kTokens ? p.tokens - block : kTokens;
@@ -313,7 +328,7 @@ void project(const Projection& p, const float* packed, int64_t prompt, int64_t b
       for (int64_t i = 0; i < count; ++i) {
         bias[i] = p.bias ? p.bias[first + i] : 0;
         scale[i] = p.scale ? p.scale[prompt * p.scale_batch_stride + first + i] : 1;
-        sum[i] = p.activation && block ? p.activation[prompt * p.out_features + first + i] : 0;
+        sum[i] = sums && block ? sums[prompt * p.out_features + first + i] : 0;
       }
       for (int64_t token = 0; token < tokens; token += kRows) {
         const int64_t rows = tokens - token < kRows ? tokens - token : kRows;
@@ -328,6 +343,11 @@ void project(const Projection& p, const float* packed, int64_t prompt, int64_t b
           if (p.activation && (!p.token_mask || p.token_mask[index])) {
             for (int i = 0; i < kWidth; ++i) part[i] += __builtin_fabsf(tile[row][i]);
           }
+          if (p.scale_gradient) {
+            float gradient[kWidth] = {};
+            read_gradient(p, index * p.out_features + first, count, gradient);
+            for (int i = 0; i < kWidth; ++i) part[i] += tile[row][i] * gradient[i];
+          }
           if (p.values) {
             for (int i = 0; i < kWidth; ++i) tile[row][i] *= scale[i];
             write_values(p, index * p.out_features + first, tile[row], count);
@@ -335,8 +355,8 @@ void project(const Projection& p, const float* packed, int64_t prompt, int64_t b
         }
         for (int i = 0; i < kWidth; ++i) sum[i] += part[i];
       }
-      if (p.activation) {
-        for (int64_t i = 0; i < count; ++i) p.activation[prompt * p.out_features + first + i] = sum[i];
+      if (sums) {
+        for (int64_t i = 0; i < count; ++i) sums[prompt * p.out_features + first + i] = sum[i];
       }
     }
   }

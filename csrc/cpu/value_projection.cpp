@@ -2,7 +2,6 @@
 // tile_impl.h.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
@@ -12,9 +11,9 @@
 #include <tuple>
 #include <vector>
 
-#include "csrc/checks.h"
 #include "csrc/cpu/tile.h"
 #include "csrc/math.h"
+#include "csrc/operands.h"
 
 namespace nemo_ext::cpu {
 namespace {
@@ -60,48 +59,6 @@ struct Workspace {
 thread_local Workspace packed_weight;
 thread_local Workspace hidden_block;
 
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Element::BFloat16;
-    case ScalarType::Half:
-      return Element::Float16;
-    default:
-      return Element::Float32;
-  }
-}
-
-// A small tensor as contiguous floats (bools for a mask).
-Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-  return torch::stable::contiguous(torch::stable::to(tensor, dtype));
-}
-
-// The tensors that a Projection points into.
-struct Operands {
-  std::optional<Tensor> bias, scale, token_mask;
-};
-
-Projection describe(const Sizes& sizes, const Tensor& hidden, const Tensor& weight,
-                    const Operands& operands) {
-  Projection p{};
-  p.batch = sizes.batch;
-  p.tokens = sizes.tokens;
-  p.in_features = sizes.in_features;
-  p.out_features = sizes.out_features;
-  p.element = element_of(hidden);
-  p.hidden = hidden.const_data_ptr();
-  for (int axis = 0; axis < 3; ++axis) p.hidden_strides[axis] = hidden.stride(axis);
-  p.weight = weight.const_data_ptr();
-  for (int axis = 0; axis < 2; ++axis) p.weight_strides[axis] = weight.stride(axis);
-  if (operands.bias) p.bias = operands.bias->const_data_ptr<float>();
-  if (operands.scale) {
-    p.scale = operands.scale->const_data_ptr<float>();
-    p.scale_batch_stride = operands.scale->dim() == 2 ? sizes.out_features : 0;
-  }
-  if (operands.token_mask) p.token_mask = operands.token_mask->const_data_ptr<bool>();
-  return p;
-}
-
 void run(const Projection& p) {
   if (p.batch == 0 || p.tokens == 0 || p.out_features == 0) return;
   const Variant& kernels = variant();
@@ -126,34 +83,29 @@ void run(const Projection& p) {
   });
 }
 
-Operands operands_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& scale) {
-  Operands operands;
-  if (bias) operands.bias = contiguous_as(*bias, ScalarType::Float);
-  if (scale) operands.scale = contiguous_as(*scale, ScalarType::Float);
-  return operands;
-}
-
 Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& scale) {
-  const Sizes sizes = check_projection(hidden, weight, bias, scale);
-  const Operands operands = operands_of(bias, scale);
-  Tensor values = torch::stable::new_empty(hidden, {sizes.batch, sizes.tokens, sizes.out_features});
-  Projection p = describe(sizes, hidden, weight, operands);
-  p.values = values.mutable_data_ptr();
-  run(p);
-  return values;
+  Call call = describe(check_projection(hidden, weight, bias, scale), hidden, weight, bias, scale);
+  want_values(call, hidden);
+  run(call.projection);
+  return *call.values;
 }
 
-// Tokens that count, prompt by prompt: there must be one, or the mean over them is undefined.
-void check_tokens(const Sizes& sizes, const bool* mask) {
+Tensor value_projection_scale_gradient(const Tensor& gradient, const Tensor& hidden, const Tensor& weight,
+                                       const std::optional<Tensor>& bias) {
+  const Sizes sizes = check_projection(hidden, weight, bias, std::nullopt);
+  check_gradient(sizes, hidden, gradient);
+  Call call = describe(sizes, hidden, weight, bias, std::nullopt);
+  want_scale_gradient(call, hidden, gradient);
+  run(call.projection);
+  return *call.scale_gradient;
+}
+
+void check_mask(const Sizes& sizes, const bool* mask) {
   for (int64_t prompt = 0; prompt < sizes.batch; ++prompt) {
-    bool any = !mask && sizes.tokens > 0;
-    for (int64_t token = 0; mask && token < sizes.tokens && !any; ++token)
-      any = mask[prompt * sizes.tokens + token];
-    if (!any) {
-      fail(mask ? "token_mask" : "hidden",
-           " must leave at least one token of every prompt, got none for prompt ", prompt);
-    }
+    bool any = false;
+    for (int64_t token = 0; token < sizes.tokens && !any; ++token) any = mask[prompt * sizes.tokens + token];
+    if (!any) fail("token_mask must leave at least one token of every prompt, got none for prompt ", prompt);
   }
 }
 
@@ -175,18 +127,11 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
                                                   bool return_values) {
   const Sizes sizes = check_projection(hidden, weight, bias, scale);
   check_statistics(sizes, hidden, token_mask, count, mean, m2);
-  Operands operands = operands_of(bias, scale);
-  if (token_mask) operands.token_mask = torch::stable::contiguous(*token_mask);
-  Projection p = describe(sizes, hidden, weight, operands);
-  check_tokens(sizes, p.token_mask);
-
-  Tensor activation = torch::stable::new_empty(hidden, {sizes.batch, sizes.out_features}, ScalarType::Float);
-  p.activation = activation.mutable_data_ptr<float>();
-  // The schema returns a tensor either way: an optional one cannot be functionalized by torch.compile.
-  Tensor values = return_values
-                      ? torch::stable::new_empty(hidden, {sizes.batch, sizes.tokens, sizes.out_features})
-                      : torch::stable::new_empty(hidden, {0});
-  if (return_values) p.values = values.mutable_data_ptr();
+  Call call = describe(sizes, hidden, weight, bias, scale);
+  want_activation(call, hidden, token_mask);
+  if (return_values) want_values(call, hidden);
+  const Projection& p = call.projection;
+  if (p.token_mask) check_mask(sizes, p.token_mask);
   run(p);
 
   // Nothing is written to the running buffers before this has passed.
@@ -207,7 +152,7 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
     }
   });
   *running_count += static_cast<double>(sizes.batch);
-  return {values, activation};
+  return {return_values ? *call.values : no_values(hidden), *call.activation};
 }
 
 }  // namespace
@@ -216,4 +161,5 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
 STABLE_TORCH_LIBRARY_IMPL(nemo_ext, CPU, library) {
   library.impl("value_projection", TORCH_BOX(&nemo_ext::cpu::value_projection));
   library.impl("value_projection_stats", TORCH_BOX(&nemo_ext::cpu::value_projection_stats));
+  library.impl("value_projection_scale_gradient", TORCH_BOX(&nemo_ext::cpu::value_projection_scale_gradient));
 }

@@ -11,7 +11,7 @@ int select_device(int device);
 // Enqueues the kernels on `stream`, a cudaStream_t, and returns without waiting. Nothing is allocated,
 // nothing synchronises: the calls can be captured into a CUDA graph. All throw std::runtime_error where CUDA
 // refuses.
-void launch(const Projection& projection, Element element, const Plan& plan, void* stream);
+void launch(const Projection& projection, const Plan& plan, void* stream);
 void launch(const Merge& merge, void* stream);
 
 }  // namespace nemo_ext::cuda

@@ -1,4 +1,4 @@
-// What one call computes, and how it is laid over blocks and threads: read by the kernels, by the launch
+// How one call is laid over blocks and threads: read by the kernels, by the launch
 // code, and by the emulation. Plain pointers, no torch, no CUDA runtime.
 #pragma once
 
@@ -6,38 +6,19 @@
 
 #include "csrc/cuda/primitives.h"
 #include "csrc/math.h"
+#include "csrc/projection.h"
 
 namespace nemo_ext::cuda {
 
-enum class Element { Float32, BFloat16, Float16 };
-
-// values = (hidden weightᵀ + bias) · scale, and per prompt and neuron either
-//   activation = mean over counted tokens of abs(hidden weightᵀ + bias), or
-//   scale_gradient = sum over tokens of (hidden weightᵀ + bias) · gradient.
-// Strides are in elements; whatever has none is contiguous.
-struct Projection {
-  int64_t batch, tokens, in_features, out_features;
-  const void* hidden;
-  int64_t hidden_strides[3];
-  const void* weight;
-  int64_t weight_strides[2];
-  const float* bias;           // [out_features] or null
-  const float* scale;          // [out_features], [batch, out_features] or null
-  int64_t scale_batch_stride;  // 0: one scale for all prompts
-  const uint8_t* token_mask;   // [batch, tokens] or null: every token counts
-  void* values;                // [batch, tokens, out_features], of hidden's type, or null
-
-  float* activation;      // [batch, out_features] or null
-  const void* gradient;   // [batch, tokens, out_features], of hidden's type: only with scale_gradient
-  float* scale_gradient;  // [batch, out_features] or null: only without activation
-
-  // Welford's mean and m2 over the prompts of each slot of each block, [Plan::partials, out_features], or
-  // null: no running statistics are wanted.
-  float* partial_mean;
-  float* partial_m2;
-  int* not_finite;       // [], 0 at first: becomes 1 where an activation is not finite
-  const double* count;   // [], the running count
-  double* count_before;  // [], its copy: count itself changes while other blocks of the merge still need it
+// A call, and where its running statistics go on their way: null throughout where none are wanted.
+struct Projection : nemo_ext::Projection {
+  const double* count = nullptr;  // [], the running count
+  double* count_before =
+      nullptr;                // [], its copy: count changes while other blocks of the merge still need it
+  int* not_finite = nullptr;  // [], 0 at first: becomes 1 where an activation is not finite
+  // Welford's mean and m2 over the prompts of each slot of each block, [Plan::partials, out_features].
+  float* partial_mean = nullptr;
+  float* partial_m2 = nullptr;
 
   NEMO_EXT_HOST_DEVICE bool reduces_over_tokens() const { return activation || scale_gradient; }
 };
@@ -130,8 +111,8 @@ struct Plan {
   int64_t partials;  // groups · slots
 };
 
-inline Plan plan_of_shape(const Projection& p, Element element, Shape shape, int multiprocessors) {
-  return with_tile(element, shape, [&](auto tile) {
+inline Plan plan_of_shape(const Projection& p, Shape shape, int multiprocessors) {
+  return with_tile(p.element, shape, [&](auto tile) {
     using T = decltype(tile);
     const int64_t pieces = p.reduces_over_tokens() ? p.batch : p.batch * ceil_divide(p.tokens, kSlotRows);
     // One block more than none: the running count grows even where there is no neuron.
@@ -159,17 +140,17 @@ inline bool is_aligned(const void* data, const int64_t* sizes, const int64_t* st
   return true;
 }
 
-inline Plan plan(const Projection& p, Element element, int multiprocessors) {
-  const int element_size = element == Element::Float32 ? 4 : 2;
+inline Plan plan(const Projection& p, int multiprocessors) {
+  const int element_size = p.element == Element::Float32 ? 4 : 2;
   const int64_t hidden_sizes[] = {p.batch, p.tokens, p.in_features};
   const int64_t weight_sizes[] = {p.out_features, p.in_features};
   if (!is_aligned(p.hidden, hidden_sizes, p.hidden_strides, 3, element_size) ||
       !is_aligned(p.weight, weight_sizes, p.weight_strides, 2, element_size)) {
-    return plan_of_shape(p, element, Shape::Strided, multiprocessors);
+    return plan_of_shape(p, Shape::Strided, multiprocessors);
   }
-  const Plan wide = plan_of_shape(p, element, Shape::Wide, multiprocessors);
+  const Plan wide = plan_of_shape(p, Shape::Wide, multiprocessors);
   if (wide.column_blocks * wide.groups >= multiprocessors) return wide;
-  return plan_of_shape(p, element, Shape::Narrow, multiprocessors);
+  return plan_of_shape(p, Shape::Narrow, multiprocessors);
 }
 
 }  // namespace nemo_ext::cuda

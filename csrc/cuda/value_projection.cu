@@ -37,12 +37,12 @@ int select_device(int device) {
   return multiprocessors;
 }
 
-void launch(const Projection& projection, Element element, const Plan& plan, void* stream) {
-  if (projection.partial_mean) {
+void launch(const Projection& projection, const Plan& plan, void* stream) {
+  if (projection.count_before) {
     check(cudaMemsetAsync(projection.not_finite, 0, sizeof(int), static_cast<cudaStream_t>(stream)),
           "clear its workspace");
   }
-  with_tile(element, plan.shape, [&](auto tile) {
+  with_tile(projection.element, plan.shape, [&](auto tile) {
     using T = decltype(tile);
     // More than 48 KB has to be asked for, on every device anew.
     check(cudaFuncSetAttribute(project<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes),

@@ -413,7 +413,7 @@ NEMO_EXT_DEVICE void finish_prompt(const Projection& p, const Place<Tile>& place
     }
     const float activation = sum / static_cast<float>(tokens);
     store_global(p.activation + prompt * p.out_features + neuron, activation);
-    if (!p.partial_mean) continue;
+    if (!p.count_before) continue;
     if (!is_finite(activation)) atomic_or_global(p.not_finite, 1);
     const uint32_t mean = place.shared(Tile::kMeans, column), m2 = place.shared(Tile::kM2s, column);
     Moments<float> moments;
@@ -449,7 +449,7 @@ project(const Projection p) {
   Loader<Tile> loader(p, extent, first_column);
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) loader.load_next(stage);
 
-  if (p.partial_mean && thread_index() == 0 && block_index_x() == 0 && block_index_y() == 0) {
+  if (p.count_before && thread_index() == 0 && block_index_x() == 0 && block_index_y() == 0) {
     store_global(p.count_before, load_global(p.count));
   }
 
@@ -476,7 +476,7 @@ project(const Projection p) {
       }
     }
   }
-  if (p.partial_mean) write_partial<Tile>(p, place);
+  if (p.count_before) write_partial<Tile>(p, place);
 }
 
 NEMO_EXT_DEVICE int64_t prompts_of_partial(const Merge& m, int64_t partial) {

@@ -1,0 +1,120 @@
+// The CUDA implementations of the operators: checks, workspace, the current stream. Nothing here waits for
+// the GPU, so what can only be known from data (a prompt without a token, an activation that is not finite)
+// is no exception here: the activation shows it, and the running statistics stay as they were.
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "csrc/cuda/launch.h"
+#include "csrc/operands.h"
+
+namespace nemo_ext::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+using torch::stable::accelerator::getCurrentStream;
+
+// The GPU of the tensors, made the current one as long as this lives, and its current stream.
+class Device {
+ public:
+  explicit Device(const Tensor& hidden)
+      : index_(hidden.device().index()), guard_(index_), multiprocessors_(select_device(index_)) {}
+
+  int multiprocessors() const { return multiprocessors_; }
+  void* stream() const { return getCurrentStream(index_).nativeHandle(); }
+
+ private:
+  int32_t index_;
+  DeviceGuard guard_;
+  int multiprocessors_;
+};
+
+// The kernels count 80-row pieces of prompts in 32 bits, blocks along a grid too.
+void check_size(const Sizes& sizes) {
+  constexpr int64_t kMost = int64_t(1) << 30;
+  const int64_t pieces = ceil_divide(sizes.tokens, kSlotRows);
+  if (sizes.batch > kMost || (pieces > 0 && sizes.batch > kMost / pieces)) {
+    fail("hidden must have at most 2**30 pieces of ", kSlotRows, " tokens on CUDA, got [", sizes.batch, ", ",
+         sizes.tokens, ", ", sizes.in_features, "]");
+  }
+  if (sizes.in_features > kMost) fail("in_features must be at most 2**30 on CUDA, got ", sizes.in_features);
+}
+
+Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& scale) {
+  const Sizes sizes = check_projection(hidden, weight, bias, scale);
+  check_size(sizes);
+  const Device device(hidden);
+  Call call = describe(sizes, hidden, weight, bias, scale);
+  want_values(call, hidden);
+  const Projection p{call.projection};
+  const Plan layout = plan(p, device.multiprocessors());
+  if (layout.groups > 0 && sizes.out_features > 0) launch(p, layout, device.stream());
+  return *call.values;
+}
+
+Tensor value_projection_scale_gradient(const Tensor& gradient, const Tensor& hidden, const Tensor& weight,
+                                       const std::optional<Tensor>& bias) {
+  const Sizes sizes = check_projection(hidden, weight, bias, std::nullopt);
+  check_gradient(sizes, hidden, gradient);
+  check_size(sizes);
+  const Device device(hidden);
+  Call call = describe(sizes, hidden, weight, bias, std::nullopt);
+  want_scale_gradient(call, hidden, gradient);
+  const Projection p{call.projection};
+  const Plan layout = plan(p, device.multiprocessors());
+  if (layout.groups > 0 && sizes.out_features > 0 && sizes.tokens > 0) launch(p, layout, device.stream());
+  return *call.scale_gradient;
+}
+
+std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Tensor& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  const std::optional<Tensor>& scale,
+                                                  const std::optional<Tensor>& token_mask,
+                                                  const Tensor& count, const Tensor& mean, const Tensor& m2,
+                                                  bool return_values) {
+  const Sizes sizes = check_projection(hidden, weight, bias, scale);
+  check_statistics(sizes, hidden, token_mask, count, mean, m2);
+  check_size(sizes);
+  const Device device(hidden);
+  Call call = describe(sizes, hidden, weight, bias, scale);
+  want_activation(call, hidden, token_mask);
+  if (return_values) want_values(call, hidden);
+
+  Projection p{call.projection};
+  p.count = count.const_data_ptr<double>();
+  Plan layout = plan(p, device.multiprocessors());
+  if (layout.groups > 0) {
+    // From torch's allocator, which reuses them in stream order: they may go before the kernels have run.
+    const Tensor partials =
+        torch::stable::new_empty(hidden, {2, layout.partials, sizes.out_features}, ScalarType::Float);
+    const Tensor count_before = torch::stable::new_empty(hidden, {1}, ScalarType::Double);
+    const Tensor not_finite = torch::stable::new_empty(hidden, {1}, ScalarType::Int);
+    p.partial_mean = partials.mutable_data_ptr<float>();
+    p.partial_m2 = p.partial_mean + layout.partials * sizes.out_features;
+    p.count_before = count_before.mutable_data_ptr<double>();
+    p.not_finite = not_finite.mutable_data_ptr<int>();
+    launch(p, layout, device.stream());
+    launch(Merge{sizes.batch, sizes.out_features, layout.partials, p.partial_mean, p.partial_m2, p.not_finite,
+                 p.count_before, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
+                 m2.mutable_data_ptr<double>()},
+           device.stream());
+  }
+  return {return_values ? *call.values : no_values(hidden), *call.activation};
+}
+
+}  // namespace
+}  // namespace nemo_ext::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(nemo_ext, CUDA, library) {
+  library.impl("value_projection", TORCH_BOX(&nemo_ext::cuda::value_projection));
+  library.impl("value_projection_stats", TORCH_BOX(&nemo_ext::cuda::value_projection_stats));
+  library.impl("value_projection_scale_gradient",
+               TORCH_BOX(&nemo_ext::cuda::value_projection_scale_gradient));
+}
