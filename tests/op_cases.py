@@ -29,6 +29,12 @@ SIZES = (
     (2, 3, 8, 0),
 )
 
+# Several blocks for every multiprocessor of a large GPU: more than emulation or loops get through.
+LARGE_SIZES = (
+    (200, 77, 200, 700),
+    (210, 90, 72, 702),  # prompts of several blocks, rows of values that start anywhere
+)
+
 # (bias, scale, token mask, layout)
 OPTIONS = (
     ("none", "none", False, "contiguous"),
@@ -58,6 +64,7 @@ class Case:
 
 
 CASES = [Case(*sizes, dtype, *options) for sizes in SIZES for dtype in DTYPES for options in OPTIONS]
+LARGE_CASES = [Case(*sizes, dtype, *options) for sizes in LARGE_SIZES for dtype in DTYPES for options in OPTIONS]
 
 
 def as_laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
