@@ -2,11 +2,14 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "csrc/emulation/probes.h"
+#include "csrc/emulation/projection.h"
 
 namespace py = pybind11;
 
@@ -29,10 +32,85 @@ void run_probe(const std::string& name, const Words& input, Words& output, int64
                        order_of(order), seed);
 }
 
+nemo_ext::Element element_of(const std::string& name) {
+  if (name == "float32") return nemo_ext::Element::Float32;
+  if (name == "bfloat16") return nemo_ext::Element::BFloat16;
+  if (name == "float16") return nemo_ext::Element::Float16;
+  throw std::runtime_error("element must be float32, bfloat16 or float16, got " + name);
+}
+
+std::optional<nemo_ext::cuda::Shape> shape_of(const std::optional<std::string>& name) {
+  if (!name) return std::nullopt;
+  if (name == "wide") return nemo_ext::cuda::Shape::Wide;
+  if (name == "narrow") return nemo_ext::cuda::Shape::Narrow;
+  if (name == "strided") return nemo_ext::cuda::Shape::Strided;
+  throw std::runtime_error("shape must be wide, narrow, strided or None, got " + *name);
+}
+
+// Null for None.
+void* data_of(const py::object& object, const char* name, int64_t size, int element_bytes) {
+  if (object.is_none()) return nullptr;
+  const auto array = py::cast<py::array>(object);
+  if (array.size() != size || array.itemsize() != element_bytes || !(array.flags() & py::array::c_style)) {
+    throw std::runtime_error(std::string(name) + " must be " + std::to_string(size) +
+                             " contiguous elements of " + std::to_string(element_bytes) + " bytes, got " +
+                             std::to_string(array.size()) + " of " + std::to_string(array.itemsize()));
+  }
+  return const_cast<void*>(array.data());
+}
+
+// Results are written into arrays that are not None.
+void project(const std::string& element, const py::array& hidden, const py::array& weight,
+             const py::object& bias, const py::object& scale, const py::object& token_mask,
+             const py::object& gradient, const py::object& values, const py::object& activation,
+             const py::object& scale_gradient, const py::object& count, const py::object& mean,
+             const py::object& m2, int multiprocessors, const std::optional<std::string>& shape,
+             const std::string& order, uint64_t seed) {
+  if (hidden.ndim() != 3 || weight.ndim() != 2 || hidden.shape(2) != weight.shape(1)) {
+    throw std::runtime_error(
+        "hidden must be [batch, tokens, in_features] and weight [out_features, in_features]");
+  }
+  nemo_ext::Projection p{};
+  p.element = element_of(element);
+  const int element_bytes = p.element == nemo_ext::Element::Float32 ? 4 : 2;
+  if (hidden.itemsize() != element_bytes || weight.itemsize() != element_bytes) {
+    throw std::runtime_error("hidden and weight must have elements as large as " + element);
+  }
+  p.batch = hidden.shape(0);
+  p.tokens = hidden.shape(1);
+  p.in_features = hidden.shape(2);
+  p.out_features = weight.shape(0);
+  p.hidden = hidden.data();
+  p.weight = weight.data();
+  for (int axis = 0; axis < 3; ++axis) p.hidden_strides[axis] = hidden.strides(axis) / element_bytes;
+  for (int axis = 0; axis < 2; ++axis) p.weight_strides[axis] = weight.strides(axis) / element_bytes;
+  const int64_t per_prompt = p.batch * p.out_features, per_value = per_prompt * p.tokens;
+  if (!scale.is_none() && py::cast<py::array>(scale).ndim() == 2) p.scale_batch_stride = p.out_features;
+  p.bias = static_cast<const float*>(data_of(bias, "bias", p.out_features, 4));
+  p.scale = static_cast<const float*>(
+      data_of(scale, "scale", p.scale_batch_stride ? per_prompt : p.out_features, 4));
+  p.token_mask = static_cast<const bool*>(data_of(token_mask, "token_mask", p.batch * p.tokens, 1));
+  p.gradient = data_of(gradient, "gradient", per_value, element_bytes);
+  p.values = data_of(values, "values", per_value, element_bytes);
+  p.activation = static_cast<float*>(data_of(activation, "activation", per_prompt, 4));
+  p.scale_gradient = static_cast<float*>(data_of(scale_gradient, "scale_gradient", per_prompt, 4));
+  const emulation::Running running{static_cast<double*>(data_of(count, "count", 1, 8)),
+                                   static_cast<double*>(data_of(mean, "mean", p.out_features, 8)),
+                                   static_cast<double*>(data_of(m2, "m2", p.out_features, 8))};
+  emulation::project(p, running, multiprocessors, shape_of(shape), order_of(order), seed);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulation, module) {
   module.doc() = "nemo_ext's CUDA kernels, executed on the CPU.";
   module.def("run_probe", &run_probe, py::arg("name"), py::arg("input").noconvert(),
-             py::arg("output").noconvert(), py::arg("blocks"), py::arg("order"), py::arg("seed"));
+             py::arg("output").noconvert(), py::arg("blocks") = 1, py::arg("order") = "forward",
+             py::arg("seed") = 0);
+  module.def("project", &project, py::kw_only(), py::arg("element"), py::arg("hidden"), py::arg("weight"),
+             py::arg("bias") = py::none(), py::arg("scale") = py::none(), py::arg("token_mask") = py::none(),
+             py::arg("gradient") = py::none(), py::arg("values") = py::none(),
+             py::arg("activation") = py::none(), py::arg("scale_gradient") = py::none(),
+             py::arg("count") = py::none(), py::arg("mean") = py::none(), py::arg("m2") = py::none(),
+             py::arg("multiprocessors"), py::arg("shape"), py::arg("order"), py::arg("seed"));
 }

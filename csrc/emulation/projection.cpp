@@ -1,0 +1,112 @@
+#include "csrc/emulation/projection.h"
+
+#include <limits>
+#include <vector>
+
+#include "csrc/cuda/value_projection.cuh"
+
+namespace nemo_ext::emulation {
+namespace {
+
+using namespace nemo_ext::cuda;
+
+// The bytes from the first to the last element.
+Range strided(const char* name, const void* data, const int64_t* sizes, const int64_t* strides, int axes,
+              size_t element_bytes) {
+  int64_t first = 0, last = 0;
+  for (int axis = 0; axis < axes; ++axis) {
+    if (sizes[axis] == 0) return {data, 0, false, name};
+    (strides[axis] < 0 ? first : last) += (sizes[axis] - 1) * strides[axis];
+  }
+  return {static_cast<const char*>(data) + first * int64_t(element_bytes), (last - first + 1) * element_bytes,
+          false, name};
+}
+
+std::vector<Range> ranges_of(const cuda::Projection& p, int64_t partials) {
+  const size_t element_bytes = p.element == Element::Float32 ? 4 : 2;
+  const int64_t hidden_sizes[] = {p.batch, p.tokens, p.in_features};
+  const int64_t weight_sizes[] = {p.out_features, p.in_features};
+  const size_t per_neuron = p.out_features * sizeof(float);
+  const size_t per_value = p.batch * p.tokens * p.out_features * element_bytes;
+  std::vector<Range> ranges = {
+      strided("hidden", p.hidden, hidden_sizes, p.hidden_strides, 3, element_bytes),
+      strided("weight", p.weight, weight_sizes, p.weight_strides, 2, element_bytes),
+  };
+  const auto add = [&](const char* name, const void* data, size_t bytes, bool writable) {
+    if (data) ranges.push_back({data, bytes, writable, name});
+  };
+  add("bias", p.bias, per_neuron, false);
+  add("scale", p.scale, p.scale_batch_stride ? p.batch * per_neuron : per_neuron, false);
+  add("token_mask", p.token_mask, p.batch * p.tokens, false);
+  add("gradient", p.gradient, per_value, false);
+  add("values", p.values, per_value, true);
+  add("activation", p.activation, p.batch * per_neuron, true);
+  add("scale_gradient", p.scale_gradient, p.batch * per_neuron, true);
+  add("count", p.count, sizeof(double), false);
+  add("count_before", p.count_before, sizeof(double), true);
+  add("not_finite", p.not_finite, sizeof(int), true);
+  add("partial_mean", p.partial_mean, partials * per_neuron, true);
+  add("partial_m2", p.partial_m2, partials * per_neuron, true);
+  return ranges;
+}
+
+std::vector<Range> ranges_of(const Merge& m) {
+  const size_t neurons = m.out_features;
+  return {{m.partial_mean, m.partials * neurons * sizeof(float), false, "partial_mean"},
+          {m.partial_m2, m.partials * neurons * sizeof(float), false, "partial_m2"},
+          {m.not_finite, sizeof(int), false, "not_finite"},
+          {m.count_before, sizeof(double), false, "count_before"},
+          {m.count, sizeof(double), true, "count"},
+          {m.mean, neurons * sizeof(double), true, "mean"},
+          {m.m2, neurons * sizeof(double), true, "m2"}};
+}
+
+void launch(const cuda::Projection& projection, const Plan& plan, Order order, uint64_t seed) {
+  with_tile(projection.element, plan.shape, [&](auto tile) {
+    using T = decltype(tile);
+    run({.grid_x = plan.column_blocks,
+         .grid_y = plan.groups,
+         .threads = T::kThreads,
+         .shared_bytes = T::kSharedBytes,
+         .order = order,
+         .seed = seed},
+        ranges_of(projection, plan.partials), [&] { cuda::project<T>(projection); });
+  });
+}
+
+void launch(const Merge& m, Order order, uint64_t seed) {
+  run({.grid_x = m.out_features > 0 ? ceil_divide(m.out_features, kMergeNeurons) : 1,
+       .grid_y = 1,
+       .threads = kMergeThreads,
+       .shared_bytes = kMergeSharedBytes,
+       .order = order,
+       .seed = seed},
+      ranges_of(m), [&] { merge(m); });
+}
+
+}  // namespace
+
+void project(const nemo_ext::Projection& projection, const Running& running, int multiprocessors,
+             std::optional<Shape> shape, Order order, uint64_t seed) {
+  cuda::Projection p{projection};
+  p.count = running.count;
+  const Plan layout = shape ? plan_of_shape(p, *shape, multiprocessors) : plan(p, multiprocessors);
+  if (layout.groups == 0) return;
+  if (!running.count) {
+    if (p.out_features > 0 && (p.values || p.tokens > 0)) launch(p, layout, order, seed);
+    return;
+  }
+  std::vector<float> partials(2 * layout.partials * p.out_features, std::numeric_limits<float>::quiet_NaN());
+  double count_before = std::numeric_limits<double>::quiet_NaN();
+  int not_finite = 0;
+  p.partial_mean = partials.data();
+  p.partial_m2 = p.partial_mean + layout.partials * p.out_features;
+  p.count_before = &count_before;
+  p.not_finite = &not_finite;
+  launch(p, layout, order, seed);
+  launch(Merge{p.batch, p.out_features, layout.partials, p.partial_mean, p.partial_m2, p.not_finite,
+               p.count_before, running.count, running.mean, running.m2},
+         order, seed);
+}
+
+}  // namespace nemo_ext::emulation
