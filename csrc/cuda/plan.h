@@ -46,7 +46,7 @@ NEMO_EXT_HOST_DEVICE constexpr Integer ceil_divide(Integer dividend, int divisor
 constexpr int kSlotRows = 80;
 
 enum class Shape {
-  Wide,     // 160 rows: for calls that fill the device
+  Wide,     // 320 rows: for calls that fill the device
   Narrow,   // 80 rows: more blocks, for calls that do not
   Strided,  // as Narrow, loading one element at a time: any strides, any alignment, any in_features
 };
@@ -56,10 +56,10 @@ template <typename T, Shape kShape>
 struct Tile {
   using Element = T;
   static constexpr bool kAligned = kShape != Shape::Strided;
-  static constexpr int kSlots = kShape == Shape::Wide ? 2 : 1;
+  static constexpr int kSlots = kShape == Shape::Wide ? 4 : 1;
   static constexpr int kColumnWarps = kShape == Shape::Wide ? 2 : 4;
   static constexpr int kWarpColumns = kShape == Shape::Wide ? (sizeof(T) == 2 ? 64 : 32) : 16;
-  static constexpr int kBlocks = kShape == Shape::Wide ? 2 : 3;  // on one multiprocessor at a time
+  static constexpr int kBlocks = kShape == Shape::Wide ? 1 : 3;  // on one multiprocessor at a time
 
   static constexpr int kThreads = kWarpSize * kSlots * kColumnWarps;
   static constexpr int kRows = kSlots * kSlotRows;
@@ -68,7 +68,7 @@ struct Tile {
   // A stage holds kStepBytes of in_features of every row of hidden and of weight.
   static constexpr int kStepBytes = 64;
   static constexpr int kStepFeatures = kStepBytes / sizeof(T);
-  static constexpr int kStages = 4;
+  static constexpr int kStages = kShape == Shape::Wide ? 3 : 4;
   static constexpr int kStageBytes = (kRows + kColumns) * kStepBytes;
 
   // Behind the stages, for every slot and column: the sum over tokens, and the running mean and m2.

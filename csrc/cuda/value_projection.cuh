@@ -19,6 +19,7 @@ namespace nemo_ext::cuda {
 
 constexpr int kChunkBytes = 16;  // what one thread copies at a time
 constexpr int kRowTiles = kSlotRows / 16;
+constexpr int kLaneRows = kSlotRows / 8;  // of which a lane holds some columns
 
 // Tokens [first_token, first_token + rows) of one prompt; no rows where the work does not fill the last
 // round.
@@ -128,12 +129,12 @@ class Loader {
 #pragma unroll
     for (int first = 0; first < Tile::kRows; first += kRowsAtOnce) {
       if (Tile::kRows % kRowsAtOnce != 0 && first + row >= Tile::kRows) break;
-      const int slot = first + kRowsAtOnce <= kSlotRows                 ? 0
-                       : first >= kSlotRows || first + row >= kSlotRows ? Tile::kSlots - 1
-                                                                        : 0;
-      const Element* source =
-          (slot == 0 ? first_[0] : first_[Tile::kSlots - 1]) + first * p_.hidden_strides[1];
-      const int end = slot == 0 ? end_[0] : end_[Tile::kSlots - 1];
+      // The rows that the threads copy at once are of one slot or of two.
+      const int low = first / kSlotRows;
+      const int high = low < Tile::kSlots - 1 ? (first + kRowsAtOnce - 1) / kSlotRows : low;
+      const bool in_high = low != high && first + row >= high * kSlotRows;
+      const Element* source = (in_high ? first_[high] : first_[low]) + first * p_.hidden_strides[1];
+      const int end = in_high ? end_[high] : end_[low];
       copy(hidden + first * Tile::kStepBytes, source, feature, p_.hidden_strides[2], first + row < end);
     }
     const uint32_t weight = stage + Tile::kRows * Tile::kStepBytes + weight_chunk(row, chunk);
@@ -190,9 +191,9 @@ struct Sums {
     }
   }
 
-  // Of the four neurons 16 · pair + 4 · (lane % 4) + i, in row 16 · row_tile + 8 · half + lane / 4.
-  NEMO_EXT_DEVICE float at(int row_tile, int half, int pair, int i) const {
-    return of[row_tile][2 * pair + i / 2][2 * half + i % 2];
+  // Of the four neurons 16 · pair + 4 · (lane % 4) + i, in row 8 · row + lane / 4.
+  NEMO_EXT_DEVICE float& at(int row, int pair, int i) {
+    return of[row / 2][2 * pair + i / 2][row % 2 * 2 + i % 2];
   }
 };
 
@@ -306,11 +307,11 @@ struct Place {
   }
 };
 
-// Bit 2 · tile + half: whether row 16 · tile + 8 · half + lane / 4 exists, and counts where there is a mask.
+// Bit i: whether row 8 · i + lane / 4 exists, and counts where there is a mask.
 NEMO_EXT_DEVICE uint32_t counted_rows(const Projection& p, const Piece& piece, int lane) {
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
+  for (int i = 0; i < kLaneRows; ++i) {
     const int row = 8 * i + lane / 4;
     if (row < piece.rows &&
         (!p.token_mask || load_global(p.token_mask + piece.prompt * p.tokens + piece.first_token + row))) {
@@ -331,68 +332,87 @@ NEMO_EXT_DEVICE Number sum_over_rows(Number number) {
 // Values out, and the piece's sums over tokens into shared memory.
 template <typename Tile>
 NEMO_EXT_DEVICE void finish_piece(const Projection& p, const Place<Tile>& place, const Piece& piece,
-                                  const Sums<Tile>& sums, uint32_t counted, bool first_chunk) {
+                                  Sums<Tile>& sums, uint32_t counted, bool first_chunk) {
   using Element = typename Tile::Element;
-  auto* values = static_cast<Element*>(p.values);
-  const auto* gradient = static_cast<const Element*>(p.gradient);
-  const bool in_fours = p.out_features % 4 == 0;
-  const int64_t first_row = (piece.prompt * p.tokens + piece.first_token + place.lane / 4) * p.out_features;
+  const int first_row = place.lane / 4;
+  const int64_t stride = 8 * p.out_features;  // from one of this lane's rows to the next
+  const int64_t first_value = (piece.prompt * p.tokens + piece.first_token + first_row) * p.out_features;
 #pragma unroll
   for (int pair = 0; pair < Sums<Tile>::kPairs; ++pair) {
     const int column = 16 * pair + place.lane % 4 * 4;
     const int64_t neuron = place.first_neuron + column;
     const int64_t left = p.out_features - neuron;
     const int neurons = static_cast<int>(left < 0 ? 0 : left < 4 ? left : 4);
-    float bias[4] = {0, 0, 0, 0}, scale[4] = {1, 1, 1, 1}, total[4] = {0, 0, 0, 0};
+    if (p.bias) {
+      float bias[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i >= neurons) continue;
-      if (p.bias) bias[i] = load_global(p.bias + neuron + i);
-      if (p.scale && piece.rows) {
-        scale[i] = load_global(p.scale + piece.prompt * p.scale_batch_stride + neuron + i);
+      for (int i = 0; i < 4; ++i) bias[i] = i < neurons ? load_global(p.bias + neuron + i) : 0;
+#pragma unroll
+      for (int row = 0; row < kLaneRows; ++row) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums.at(row, pair, i) += bias[i];
       }
     }
+    if (p.reduces_over_tokens()) {
+      float total[4] = {0, 0, 0, 0};
+      if (p.activation) {
 #pragma unroll
-    for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+        for (int row = 0; row < kLaneRows; ++row) {
+          if (counted >> row & 1) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = 16 * row_tile + 8 * half + place.lane / 4;
-        const int64_t first = first_row + (16 * row_tile + 8 * half) * p.out_features + neuron;
-        const bool exists = row < piece.rows;
-        const bool counts = counted >> (2 * row_tile + half) & 1;
-        Vector<Element, 4> rounded;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float projected = sums.at(row_tile, half, pair, i) + bias[i];
-          from_float(rounded.data[i], projected * scale[i]);
-          if (counts && p.activation) total[i] += absolute(projected);
-          if (exists && p.scale_gradient && i < neurons) {
-            total[i] += projected * to_float(load_global(gradient + first + i));
+            for (int i = 0; i < 4; ++i) total[i] += absolute(sums.at(row, pair, i));
           }
         }
-        if (!values || !exists) continue;
-        if (in_fours && neurons == 4) {
-          store_global(reinterpret_cast<Vector<Element, 4>*>(values + first), rounded);
-        } else {
+      } else {
+        const Element* gradient = static_cast<const Element*>(p.gradient) + first_value + neuron;
+#pragma unroll
+        for (int row = 0; row < kLaneRows; ++row) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            if (i < neurons) store_global(values + first + i, rounded.data[i]);
+            if (first_row + 8 * row < piece.rows && i < neurons) {
+              total[i] += sums.at(row, pair, i) * to_float(load_global(gradient + row * stride + i));
+            }
           }
         }
       }
-    }
-    if (!p.reduces_over_tokens()) continue;
-    Vector<float, 4> all;
+      Vector<float, 4> all;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) all.data[i] = sum_over_rows(total[i]);
-    if (place.lane < 4) {
-      const uint32_t target = place.shared(Tile::kSums, column);
-      if (!first_chunk) {
-        const auto before = load_shared<Vector<float, 4>>(target);
+      for (int i = 0; i < 4; ++i) all.data[i] = sum_over_rows(total[i]);
+      if (place.lane < 4) {
+        const uint32_t target = place.shared(Tile::kSums, column);
+        if (!first_chunk) {
+          const auto before = load_shared<Vector<float, 4>>(target);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) all.data[i] += before.data[i];
+          for (int i = 0; i < 4; ++i) all.data[i] += before.data[i];
+        }
+        store_shared(target, all);
       }
-      store_shared(target, all);
+    }
+    if (p.values && neurons > 0) {
+      float scale[4] = {1, 1, 1, 1};
+      if (p.scale && piece.rows > 0) {
+        const float* source = p.scale + piece.prompt * p.scale_batch_stride + neuron;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scale[i] = i < neurons ? load_global(source + i) : 0;
+      }
+      Element* values = static_cast<Element*>(p.values) + first_value + neuron;
+      const bool in_fours = p.out_features % 4 == 0;
+#pragma unroll
+      for (int row = 0; row < kLaneRows; ++row) {
+        if (first_row + 8 * row < piece.rows) {
+          Vector<Element, 4> rounded;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) from_float(rounded.data[i], sums.at(row, pair, i) * scale[i]);
+          if (in_fours) {
+            store_global(reinterpret_cast<Vector<Element, 4>*>(values + row * stride), rounded);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (i < neurons) store_global(values + row * stride + i, rounded.data[i]);
+            }
+          }
+        }
+      }
     }
   }
 }
