@@ -257,7 +257,8 @@ if __name__ == "__main__":
                 ],
                 py_limited_api=True,
                 include_dirs=[str(ROOT)],
-                extra_compile_args=[*FLAGS, STABLE_ABI],
+                # PyTorch shows where a kernel was registered: a place in these sources, not in the builder's folders.
+                extra_compile_args=[*FLAGS, STABLE_ABI, f"-ffile-prefix-map={ROOT}/="],
             ),
             Extension(
                 "nemo_ext._module",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_ext import cli, info
+from nemo_ext import cli, info, ops
 from nemo_ext.errors import NemoError
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +86,21 @@ def test_the_binary_holds_cuda_kernels_where_info_says_so():
     assert (b".nv_fatbin" in binary) == bool(compiled)
     assert facts["backends"] == (["cpu", "cuda"] if compiled else ["cpu"])
     assert facts["build"]["cuda"].startswith("compiled by nvcc " if compiled else "left out: ")
+
+
+def test_every_operator_has_a_kernel_for_every_backend():
+    keys = ["Meta", *(backend.upper() for backend in info.collect()["backends"])]
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nemo_ext::")]
+    assert {f"nemo_ext::{name}" for name in ops.__all__} <= set(names)
+    for name in names:
+        for key in keys:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} on {key}"
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("key", ["Autograd", "AutocastCPU", "AutocastCUDA"])
+def test_autograd_and_autocast_are_registered_without_a_gpu_too(name, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nemo_ext::{name}", key)
 
 
 COMPILED = {"cuda": "compiled by nvcc 13.0.88", "cuda_architectures": ["sm_86", "sm_100", "compute_100"]}
