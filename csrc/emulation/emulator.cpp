@@ -171,6 +171,9 @@ struct Machine {
   std::string error;
   Fiber caller;
   int64_t launch_end;  // stands for an order too
+  // Kept until the launch ends: ThreadSanitizer would take the next block's threads for those that it
+  // replaces.
+  std::vector<void*> sanitizers_threads;
 
   // Of the block.
   int64_t block_x, block_y;
@@ -220,7 +223,7 @@ const Thread& first(uint32_t Warp::* lanes) {
   return machine.threads[warp * kWarpSize + std::countr_zero(machine.warps[warp].*lanes)];
 }
 
-void switch_fibers(Fiber& from, Fiber& to, bool for_good) {
+void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 #endif
@@ -325,6 +328,7 @@ void prepare_fiber(Fiber& fiber, unsigned char* stack) {
 #endif
 #if defined(NEMO_EXT_THREAD_SANITIZER)
   fiber.sanitizers_thread = __tsan_create_fiber(0);
+  machine.sanitizers_threads.push_back(fiber.sanitizers_thread);
 #endif
 }
 
@@ -364,11 +368,6 @@ void run_block(int64_t x, int64_t y) {
   }
   machine.current = next_thread();
   switch_fibers(machine.caller, machine.current->fiber, false);
-#if defined(NEMO_EXT_THREAD_SANITIZER)
-  for (int i = 0; i < machine.launch.threads; ++i) {
-    __tsan_destroy_fiber(machine.threads[i].fiber.sanitizers_thread);
-  }
-#endif
 }
 
 // PTX ISA, "mma.m16n8k16" (kDepth 16, two elements a word) and "mma.m16n8k8" of tf32: the rows of left and of
@@ -533,6 +532,8 @@ void run(const Launch& launch, const std::vector<Range>& ranges, const std::func
   }
 #if defined(NEMO_EXT_THREAD_SANITIZER)
   __tsan_acquire(&machine.launch_end);
+  for (void* thread : machine.sanitizers_threads) __tsan_destroy_fiber(thread);
+  machine.sanitizers_threads.clear();
 #endif
   machine.orders.clear();
   machine.kernel = nullptr;

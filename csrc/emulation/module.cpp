@@ -112,5 +112,5 @@ PYBIND11_MODULE(_emulation, module) {
              py::arg("gradient") = py::none(), py::arg("values") = py::none(),
              py::arg("activation") = py::none(), py::arg("scale_gradient") = py::none(),
              py::arg("count") = py::none(), py::arg("mean") = py::none(), py::arg("m2") = py::none(),
-             py::arg("multiprocessors"), py::arg("shape"), py::arg("order"), py::arg("seed"));
+             py::arg("multiprocessors"), py::arg("shape") = py::none(), py::arg("order"), py::arg("seed"));
 }

@@ -18,6 +18,15 @@ namespace nemo_ext::cuda {
 
 using emulation::Where;
 
+// A T from bytes to bytes, in pieces as large as its alignment: of other sizes the compiler makes
+// instructions that ThreadSanitizer does not see.
+template <typename T>
+NEMO_EXT_DEVICE void copy_value(void* target, const void* source) {
+  for (size_t i = 0; i < sizeof(T); i += alignof(T)) {
+    std::memcpy(static_cast<char*>(target) + i, static_cast<const char*>(source) + i, alignof(T));
+  }
+}
+
 NEMO_EXT_DEVICE int thread_index() {
   return emulation::thread_index();
 }
@@ -52,13 +61,13 @@ template <typename T>
 NEMO_EXT_DEVICE T load_global(const T* source, Where where = Where::current()) {
   emulation::check_global("load_global", source, sizeof(T), alignof(T), false, where);
   T value;
-  std::memcpy(&value, source, sizeof(T));
+  copy_value<T>(&value, source);
   return value;
 }
 template <typename T>
 NEMO_EXT_DEVICE void store_global(T* target, T value, Where where = Where::current()) {
   emulation::check_global("store_global", target, sizeof(T), alignof(T), true, where);
-  std::memcpy(target, &value, sizeof(T));
+  copy_value<T>(target, &value);
 }
 NEMO_EXT_DEVICE void atomic_or_global(int* target, int bits, Where where = Where::current()) {
   emulation::check_global("atomic_or_global", target, sizeof(int), sizeof(int), true, where);
@@ -68,15 +77,15 @@ NEMO_EXT_DEVICE void atomic_or_global(int* target, int bits, Where where = Where
 template <typename T>
 NEMO_EXT_DEVICE T load_shared(uint32_t offset, Where where = Where::current()) {
   T value;
-  std::memcpy(&value, emulation::checked_shared("load_shared", offset, sizeof(T), alignof(T), where),
-              sizeof(T));
+  copy_value<T>(&value, emulation::checked_shared("load_shared", offset, sizeof(T), alignof(T), where));
   return value;
 }
 template <typename T>
 NEMO_EXT_DEVICE void store_shared(uint32_t offset, T value, Where where = Where::current()) {
-  std::memcpy(emulation::checked_shared("store_shared", offset, sizeof(T), alignof(T), where), &value,
-              sizeof(T));
+  copy_value<T>(emulation::checked_shared("store_shared", offset, sizeof(T), alignof(T), where), &value);
 }
+
+using SixteenBytes = Vector<uint32_t, 4>;
 
 // From here to its landing the target holds NaN: a thread that still reads what was there, or reads the copy
 // too early, reads that. The landing, in copy_async_wait, is as late as the hardware may make it.
@@ -85,7 +94,8 @@ NEMO_EXT_DEVICE void copy_async_16(uint32_t offset, const void* source, bool exi
   unsigned char* target = emulation::checked_shared("copy_async_16", offset, 16, 16, where);
   emulation::check_global("copy_async_16", source, exists ? 16 : 0, 16, false, where);
   emulation::begin_copy({target, exists ? static_cast<const unsigned char*>(source) : nullptr}, where);
-  std::memset(target, 0xff, 16);
+  static constexpr SixteenBytes kNotANumber = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
+  copy_value<SixteenBytes>(target, &kNotANumber);
 }
 NEMO_EXT_DEVICE void copy_async_commit() {
   emulation::commit_copies();
@@ -94,17 +104,14 @@ template <int kPending>
 NEMO_EXT_DEVICE void copy_async_wait() {
   emulation::Copy copy;
   while (emulation::land_copy(kPending, copy)) {
-    if (copy.source) {
-      std::memcpy(copy.target, copy.source, 16);
-    } else {
-      std::memset(copy.target, 0, 16);
-    }
+    static constexpr SixteenBytes kZeros = {};
+    copy_value<SixteenBytes>(copy.target, copy.source ? copy.source : static_cast<const void*>(&kZeros));
   }
 }
 
 NEMO_EXT_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t row_offset,
                                    Where where = Where::current()) {
-  std::memcpy(words, emulation::checked_shared("load_matrices", row_offset, 16, 16, where), 16);
+  copy_value<SixteenBytes>(words, emulation::checked_shared("load_matrices", row_offset, 16, 16, where));
   emulation::load_matrices(words, where);
 }
 

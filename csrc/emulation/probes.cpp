@@ -37,12 +37,20 @@ void multiply(const uint32_t* input, uint32_t* output, Multiply multiply_add) {
   }
 }
 
-// Every thread notes at a shared place, read by its neighbour after `synchronize`.
-template <typename Synchronize>
+// As statistics of a neuron are: its size is no power of two.
+struct ThreeWords {
+  uint32_t data[3];
+};
+
+// Every thread puts its number into shared memory, for its neighbour to read after `synchronize`.
+template <typename T, typename Synchronize>
 void pass_to_neighbour(uint32_t* output, int threads, Synchronize synchronize) {
-  store_shared(thread_index() * 4, static_cast<uint32_t>(thread_index()));
+  T number = {};
+  number.data[0] = static_cast<decltype(+number.data[0])>(thread_index());
+  store_shared(thread_index() * 16, number);
   synchronize();
-  store_global(output + thread_index(), load_shared<uint32_t>((thread_index() + 1) % threads * 4));
+  number = load_shared<T>((thread_index() + 1) % threads * 16);
+  store_global(output + thread_index(), uint32_t(number.data[0]));
 }
 
 constexpr Probe kProbes[] = {
@@ -153,16 +161,24 @@ constexpr Probe kProbes[] = {
      }},
 
     // What threads of a block may and may not do without a barrier.
-    {"neighbours_with_barrier", 64, 256,
-     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 64, [] { sync_threads(); }); }},
-    {"neighbours_without_barrier", 64, 256,
-     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 64, [] {}); }},
-    {"neighbours_with_warp_barrier", 32, 128,
-     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 32, [] { sync_warp(); }); }},
-    {"neighbours_across_warps_with_warp_barrier", 64, 256,
-     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 64, [] { sync_warp(); }); }},
-    {"neighbours_with_shuffle", 32, 128,
-     [](const uint32_t*, uint32_t* output) { pass_to_neighbour(output, 32, [] { shuffle_xor(0, 1); }); }},
+    {"neighbours_with_barrier", 64, 1024,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour<Words>(output, 64, [] { sync_threads(); }); }},
+    {"neighbours_without_barrier", 64, 1024,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour<Words>(output, 64, [] {}); }},
+    {"neighbours_without_barrier_12_bytes", 64, 1024,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour<ThreeWords>(output, 64, [] {}); }},
+    {"neighbours_without_barrier_8_bytes", 64, 1024,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour<Vector<uint16_t, 4>>(output, 64, [] {}); }},
+    {"neighbours_without_barrier_2_bytes", 64, 1024,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour<Vector<uint16_t, 1>>(output, 64, [] {}); }},
+    {"neighbours_with_warp_barrier", 32, 512,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour<Words>(output, 32, [] { sync_warp(); }); }},
+    {"neighbours_across_warps_with_warp_barrier", 64, 1024,
+     [](const uint32_t*, uint32_t* output) { pass_to_neighbour<Words>(output, 64, [] { sync_warp(); }); }},
+    {"neighbours_with_shuffle", 32, 512,
+     [](const uint32_t*, uint32_t* output) {
+       pass_to_neighbour<Words>(output, 32, [] { shuffle_xor(0, 1); });
+     }},
     {"copy_lands_for_neighbour", 32, 512,
      [](const uint32_t* input, uint32_t* output) {
        copy_async_16(thread_index() * 16, input, true);

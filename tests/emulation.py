@@ -1,0 +1,256 @@
+"""The emulation of the CUDA kernels: how its builds are made, and how tests run the operators' cases through them.
+
+A build is made when a test first asks for it, from the sources as they are, and kept in build/emulation under a hash of
+all that went into it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import emulation_jobs
+import numpy as np
+import pybind11
+import pytest
+import sysconfig
+import torch
+from emulation_jobs import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "emulation"
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
+
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+# In the order of linking: what the emulator shares with kernels must be the emulator's, which ThreadSanitizer ignores.
+UNITS = ("emulator", "projection", "probes", "module")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake to plant: `snippet`, which is in `file` once, becomes `replacement`."""
+
+    file: str
+    snippet: str
+    replacement: str
+
+    def plant(self, sources: dict[str, str]) -> dict[str, str]:
+        found = sources[self.file].count(self.snippet)
+        assert found == 1, f"{self.file} must have this once to plant a fault, has it {found} times: {self.snippet}"
+        return {**sources, self.file: sources[self.file].replace(self.snippet, self.replacement)}
+
+
+@functools.cache
+def _compiler_version() -> str:
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip(f"no C++ compiler to build the emulation with: {COMPILER[0]!r} was not found")
+    return subprocess.run([*COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    files = [ROOT / "csrc" / "math.h", ROOT / "csrc" / "projection.h"]
+    files += [file for folder in ("cuda", "emulation") for file in sorted((ROOT / "csrc" / folder).iterdir())]
+    return {str(file.relative_to(ROOT)): file.read_text() for file in files}
+
+
+def _flags(unit: str, sanitizer: str | None, ucontext: bool) -> list[str]:
+    flags = [*FLAGS, "-I."]
+    if unit == "module":  # only calls the others: not instrumented, and compiled once
+        flags += ["-O1", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+        return flags
+    if unit == "emulator":
+        flags += ["-DNEMO_EXT_THREAD_SANITIZER"] * (sanitizer == "thread") + ["-DNEMO_EXT_UCONTEXT"] * ucontext
+        if sanitizer == "thread":
+            return [*flags, "-O2"]
+    if sanitizer is None:
+        # What a kernel reads of its registers before it wrote them shows, too.
+        return [*flags, "-O2", "-ftrivial-auto-var-init=pattern"]
+    return [*flags, "-O1", *SANITIZERS[sanitizer]]
+
+
+def _run_compiler(arguments: list[str], folder: Path) -> None:
+    done = subprocess.run([*COMPILER, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join([*COMPILER, *arguments])}\n{done.stderr}"
+
+
+def _compiled(unit: str, sources: dict[str, str], flags: list[str]) -> Path:
+    used = {name: text for name, text in sources.items() if name.endswith((".h", ".cuh", f"/{unit}.cpp"))}
+    key = hashlib.sha256(repr((_compiler_version(), flags, sorted(used.items()))).encode()).hexdigest()[:16]
+    target = CACHE / f"{unit}-{key}.o"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            for name, text in used.items():
+                file = Path(folder, name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+            _run_compiler([*flags, "-c", f"csrc/emulation/{unit}.cpp", "-o", "unit.o"], Path(folder))
+            os.replace(Path(folder, "unit.o"), target)
+    return target
+
+
+def build(sanitizer: str | None = None, fault: Fault | None = None, ucontext: bool = False) -> Path:
+    """The module's file. A `fault` is planted in what the projection is compiled from, not in the emulator."""
+    version = _compiler_version()
+    sources = _sources()
+    faulty = fault.plant(sources) if fault else sources
+
+    def compiled(unit: str) -> Path:
+        return _compiled(unit, faulty if unit == "projection" else sources, _flags(unit, sanitizer, ucontext))
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, UNITS))
+    flags = ["-shared", *SANITIZERS.get(sanitizer or "", [])]
+    key = hashlib.sha256(repr((version, flags, objects)).encode()).hexdigest()[:16]
+    target = CACHE / f"_emulation-{key}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            _run_compiler([*flags, *map(str, objects), "-o", "module.so"], Path(folder))
+            os.replace(Path(folder, "module.so"), target)
+    return target
+
+
+@functools.cache
+def module(fault: Fault | None = None, ucontext: bool = False) -> ModuleType:
+    """A build without sanitizers, in this process."""
+    return emulation_jobs.load(build(fault=fault, ucontext=ucontext))
+
+
+@functools.cache
+def _runtime(name: str) -> str:
+    """The path of a library of the compiler's, to be loaded before Python."""
+    path = subprocess.run(
+        [*COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip(f"{COMPILER[0]} has no {name} here")
+    return str(Path(path).resolve())
+
+
+@functools.cache
+def _fixed_addresses() -> list[str]:
+    """ThreadSanitizer needs memory where older kernels put it; where that cannot be asked for, it may still run."""
+    command = ["setarch", "-R"]
+    if shutil.which(command[0]) and subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+        return command
+    return []
+
+
+def sanitizer_report(sanitizer: str, jobs: list[Job], fault: Fault | None = None) -> str:
+    """Runs jobs under a sanitizer in a process of their own; what it complained of, empty for nothing."""
+    _compiler_version()
+    # libstdc++ too, or the sanitizer does not find the function that throws exceptions.
+    preload = [_runtime({"address": "libasan.so", "thread": "libtsan.so"}[sanitizer]), _runtime("libstdc++.so")]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    path = build(sanitizer, fault)
+    with tempfile.TemporaryDirectory() as folder:
+        emulation_jobs.save(Path(folder, "jobs.npz"), jobs)
+        done = subprocess.run(
+            [*_fixed_addresses(), sys.executable, emulation_jobs.__file__, str(path), f"{folder}/jobs.npz"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    if "unexpected memory mapping" in done.stdout:
+        pytest.skip("ThreadSanitizer cannot run with this kernel's memory layout (vm.mmap_rnd_bits)")
+    if done.returncode == 0:
+        return ""
+    return done.stdout or f"exit status {done.returncode}"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)
+
+
+def _not_a_number(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """For results, so that what a kernel does not write shows."""
+    return _bits(torch.full(shape, torch.nan, dtype=dtype)).numpy()
+
+
+def _strided(name: str, tensor: torch.Tensor) -> Job:
+    """The elements behind a tensor, as far from a 16-byte boundary as they are; NaN in between."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0:
+        extent = 0
+    offset = tensor.data_ptr() % 16 // tensor.element_size()
+    elements = _not_a_number((offset + extent,), tensor.dtype)
+    strides = np.multiply(tensor.stride(), tensor.element_size())
+    np.lib.stride_tricks.as_strided(elements[offset:], tensor.shape, strides)[...] = _bits(tensor).numpy()
+    return {
+        name: elements,
+        f"{name}_shape": np.array(tensor.shape),
+        f"{name}_strides": np.array(tensor.stride()),
+        f"{name}_offset": offset,
+    }
+
+
+def projection_job(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    token_mask: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    running: dict[str, torch.Tensor] | None = None,
+    values: bool = True,
+    multiprocessors: int = 132,
+    shape: str | None = None,
+    order: str = "forward",
+    seed: int = 0,
+) -> Job:
+    """The operator that the arguments are for: with `running`, which it leaves alone, `value_projection_stats`, with
+    `gradient` the one for the gradient of the scale, else `value_projection`.
+
+    As on a GPU of `multiprocessors`, with the tile it would take or with `shape` (wide, narrow, strided).
+    """
+    batch, tokens, out_features = *hidden.shape[:2], weight.shape[0]
+    job: Job = {"element": str(hidden.dtype)[6:], "multiprocessors": multiprocessors, "order": order, "seed": seed}
+    job |= _strided("hidden", hidden) | _strided("weight", weight)
+    if shape is not None:
+        job["shape"] = shape
+    for name, small in (("bias", bias), ("scale", scale)):
+        if small is not None:
+            job[name] = small.float().contiguous().numpy()
+    if token_mask is not None:
+        job["token_mask"] = token_mask.contiguous().numpy()
+    if gradient is not None:
+        job["gradient"] = _bits(gradient.contiguous()).numpy()
+        job["scale_gradient"] = _not_a_number((batch, out_features), torch.float32)
+        return job
+    if values:
+        job["values"] = _not_a_number((batch, tokens, out_features), hidden.dtype)
+    if running is not None:
+        job["activation"] = _not_a_number((batch, out_features), torch.float32)
+        job |= {name: buffer.numpy().reshape(-1).copy() for name, buffer in running.items()}
+    return job
+
+
+def result(job: Job, name: str) -> torch.Tensor:
+    """An array of a job that has run."""
+    tensor = torch.from_numpy(job[name])
+    return tensor.view(getattr(torch, job["element"])) if tensor.dtype == torch.uint16 else tensor
