@@ -46,8 +46,9 @@ NEMO_EXT_HOST_DEVICE constexpr Integer ceil_divide(Integer dividend, int divisor
 constexpr int kSlotRows = 80;
 
 enum class Shape {
-  Wide,     // 320 rows: for calls that fill the device
-  Narrow,   // 80 rows: more blocks, for calls that do not
+  Wide,     // 320 rows: the least traffic from the L2 cache
+  Medium,   // 160 rows: where Wide would leave multiprocessors without a block
+  Narrow,   // 80 rows: where Medium would
   Strided,  // as Narrow, loading one element at a time: any strides, any alignment, any in_features
 };
 
@@ -56,10 +57,12 @@ template <typename T, Shape kShape>
 struct Tile {
   using Element = T;
   static constexpr bool kAligned = kShape != Shape::Strided;
-  static constexpr int kSlots = kShape == Shape::Wide ? 4 : 1;
-  static constexpr int kColumnWarps = kShape == Shape::Wide ? 2 : 4;
-  static constexpr int kWarpColumns = kShape == Shape::Wide ? (sizeof(T) == 2 ? 64 : 32) : 16;
-  static constexpr int kBlocks = kShape == Shape::Wide ? 1 : 3;  // on one multiprocessor at a time
+  static constexpr bool kLarge = kShape == Shape::Wide || kShape == Shape::Medium;
+  static constexpr int kSlots = kShape == Shape::Wide ? 4 : kShape == Shape::Medium ? 2 : 1;
+  static constexpr int kColumnWarps = kLarge ? 2 : 4;
+  static constexpr int kWarpColumns = kLarge ? (sizeof(T) == 2 ? 64 : 32) : 16;
+  // On one multiprocessor at a time: what the compiler gives registers for.
+  static constexpr int kBlocks = kShape == Shape::Wide ? 1 : kShape == Shape::Medium ? 2 : 3;
 
   static constexpr int kThreads = kWarpSize * kSlots * kColumnWarps;
   static constexpr int kRows = kSlots * kSlotRows;
@@ -86,6 +89,8 @@ auto with_tile(Element element, Shape shape, Function&& function) {
     switch (shape) {
       case Shape::Wide:
         return function(Tile<T, Shape::Wide>{});
+      case Shape::Medium:
+        return function(Tile<T, Shape::Medium>{});
       case Shape::Narrow:
         return function(Tile<T, Shape::Narrow>{});
       default:
@@ -148,8 +153,10 @@ inline Plan plan(const Projection& p, int multiprocessors) {
       !is_aligned(p.weight, weight_sizes, p.weight_strides, 2, element_size)) {
     return plan_of_shape(p, Shape::Strided, multiprocessors);
   }
-  const Plan wide = plan_of_shape(p, Shape::Wide, multiprocessors);
-  if (wide.column_blocks * wide.groups >= multiprocessors) return wide;
+  for (const Shape shape : {Shape::Wide, Shape::Medium}) {
+    const Plan large = plan_of_shape(p, shape, multiprocessors);
+    if (large.column_blocks * large.groups >= multiprocessors) return large;
+  }
   return plan_of_shape(p, Shape::Narrow, multiprocessors);
 }
 
