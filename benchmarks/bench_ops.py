@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nemo_ext import _module, ops, reference
+from nemo_ext import _module, info, ops, reference
 
 TOKENS = 77
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -321,7 +321,7 @@ def plot(rows: list[Row], ceilings: list[Row], facts: Row, path: Path) -> None:
         panel.set(title=dtype, ylabel="TFLOP/s", ylim=(0, None))
     panels[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
     panels[-1].set_xticks(range(len(shapes)), [f"{k} to {n}, B {b}" for k, n, b in shapes], rotation=90)
-    figure.suptitle(f"{facts['machine']}, T = {TOKENS}, torch {facts['torch']}, {facts['commit']}")
+    figure.suptitle(f"{facts['machine']}, T = {TOKENS}, torch {facts['torch']}")
     figure.savefig(path, dpi=120)
 
 
@@ -333,8 +333,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write bench_ops-DEVICE.csv and .png there")
     arguments = parser.parse_args()
     device = arguments.device
-    if device == "cuda" and not (torch.cuda.is_available() and _module.build_facts()["cuda_architectures"]):
-        parser.error("--device cuda needs a GPU, a CUDA build of torch, and nemo_ext built with CUDA kernels")
+    if device == "cuda":
+        gpus = info.gpus()
+        obstacle = info.cuda_obstacle(_module.build_facts(), gpus[0]) if gpus else "torch sees no GPU"
+        if obstacle:
+            parser.error(f"--device cuda: {obstacle}")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 

@@ -8,7 +8,7 @@ names its own with `pytest.mark.leg("emulated")`, one that takes `device` belong
 import pytest
 import torch
 
-from nemo_ext import _module
+from nemo_ext import _module, info
 
 DEVICES = ("cpu", "cuda")
 LEGS = {  # name in the marker -> name in the table
@@ -24,13 +24,10 @@ def missing(device):
     """Why the operators cannot run there, in one sentence; None where they can."""
     if device == "cpu":
         return None
-    if not _module.build_facts()["cuda_architectures"]:
-        return "no CUDA kernels in this build of nemo_ext"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    return None
+    gpus = info.gpus()
+    return info.cuda_obstacle(_module.build_facts(), gpus[0]) if gpus else "torch sees no GPU"
 
 
 def pytest_addoption(parser):

@@ -33,6 +33,7 @@ SIZES = (
 LARGE_SIZES = (
     (200, 77, 200, 700),
     (210, 90, 72, 702),  # prompts of several blocks, rows of values that start anywhere
+    (9, 77, 72, 25_602),  # alone more blocks of neurons than there are multiprocessors
 )
 
 # (bias, scale, token mask, layout)
@@ -106,6 +107,13 @@ def projection_inputs(case: Case, device: torch.device | str = "cpu") -> dict[st
         "bias": None if bias is None else bias.to(device),
         "scale": None if scale is None else scale.to(device),
     }
+
+
+def output_gradient(case: Case, device: torch.device | str = "cpu") -> torch.Tensor:
+    """What a backward pass begins with: a number for every value."""
+    shape = (case.batch, case.tokens, case.out_features)
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    return as_laid_out(gradient.to(device, case.dtype), case.layout)
 
 
 def token_mask(case: Case, device: torch.device | str = "cpu") -> torch.Tensor | None:

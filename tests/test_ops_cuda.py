@@ -51,9 +51,16 @@ def running(arguments):
     return [arguments[name] for name in ("count", "mean", "m2")]
 
 
+def differentiate(arguments):
+    """Values, and the scale's gradient of half the sum of their squares, which begins with the values."""
+    values = project(arguments)
+    inputs = (arguments[name] for name in ("hidden", "weight", "bias"))
+    return values, torch.ops.nemo_ext.value_projection_scale_gradient(values, *inputs)
+
+
 def everything(arguments):
-    """The results of both operators, and the running buffers."""
-    return [project(arguments), *ops.value_projection_stats(**arguments), *running(arguments)]
+    """The results of all operators, and the running buffers."""
+    return [*differentiate(arguments), *ops.value_projection_stats(**arguments), *running(arguments)]
 
 
 def same(ours, expected):
@@ -90,6 +97,7 @@ def captured(function):
         test_ops_reference.test_writing_the_values_or_not_changes_no_bit_of_the_statistics,
         test_ops_reference.test_activation_is_as_exact_as_pytorchs,
         test_ops_reference.test_running_statistics_follow_the_reference,
+        test_ops_reference.test_the_scales_gradient_is_as_exact_as_pytorchs,
     ],
 )
 @pytest.mark.parametrize("case", op_cases.LARGE_CASES, ids=str)
@@ -111,14 +119,14 @@ def test_a_prompts_results_are_the_same_alone_and_in_a_call_that_fills_the_gpu(d
 
 
 @every_dtype
-def test_a_captured_projection_is_replayed_on_new_inputs(dtype, device):
+def test_a_captured_projection_and_gradient_are_replayed_on_new_inputs(dtype, device):
     arguments = make(device, dtype)
-    graph, values = captured(lambda: project(arguments))
+    graph, results = captured(lambda: differentiate(arguments))
     for _ in range(2):
         arguments["hidden"].normal_()
         arguments["scale"].normal_()
         graph.replay()
-        assert torch.equal(values, project(arguments))
+        assert same(results, differentiate(arguments))
 
 
 @every_dtype

@@ -22,10 +22,11 @@ def make(*shapes, device, dtype):
 
 
 def everything(hidden, weight, scale=None):
-    """All that one call computes."""
+    """All that the operators compute; for a gradient the values will do."""
     buffers = op_cases.running_buffers(weight.shape[0], hidden.device)
     values, activation = ops.value_projection_stats(hidden, weight, None, scale, None, **buffers)
-    return [values, activation, *buffers.values()]
+    by_prompt = torch.ops.nemo_ext.value_projection_scale_gradient(values, hidden, weight, None)
+    return [values, activation, by_prompt, *buffers.values()]
 
 
 @every_dtype
@@ -52,11 +53,12 @@ def test_the_number_of_threads_changes_no_bit(dtype, threads):
 def test_a_prompts_results_do_not_depend_on_the_batch(dtype, device):
     hidden, weight = make((8, 77, 300), (70, 300), device=device, dtype=dtype)
     scale = torch.randn(8, 70, device=device)
-    values, activation, *_ = everything(hidden, weight, scale)
+    values, activation, by_prompt, *_ = everything(hidden, weight, scale)
     for prompt in range(8):
         alone = everything(hidden[prompt : prompt + 1], weight, scale[prompt : prompt + 1])
         assert torch.equal(alone[0][0], values[prompt])
         assert torch.equal(alone[1][0], activation[prompt])
+        assert torch.equal(alone[2][0], by_prompt[prompt])
 
 
 @every_dtype

@@ -70,6 +70,21 @@ def test_statistics_say_what_is_wrong_and_leave_the_buffers(name, wrong, message
     assert_refused(device, message, **{name: wrong.to(device)})
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.randn(3, 7), "gradient must have shape [batch, tokens, out_features] = [3, 5, 7], got [3, 7]"),
+        (torch.randn(3, 5, 7).half(), "gradient must be float32, got float16"),
+        (torch.randn(3, 5, 7, device="meta"), "gradient must be on {device} like hidden, got meta"),
+    ],
+)
+def test_the_gradient_of_the_values_is_checked(wrong, message, device):
+    hidden, weight, bias = (good(device)[name] for name in ("hidden", "weight", "bias"))
+    gradient = wrong if wrong.is_meta else wrong.to(device)
+    with pytest.raises(RuntimeError, match=re.escape(message.format(device=device))):
+        torch.ops.nemo_ext.value_projection_scale_gradient(gradient, hidden, weight, bias)
+
+
 def test_a_running_buffer_with_gaps_is_refused(device):
     mean = torch.zeros(14, dtype=torch.float64, device=device)[::2]
     assert_refused(device, "mean must be contiguous because it is updated in place, got stride 2", mean=mean)

@@ -90,6 +90,17 @@ def test_running_statistics_follow_the_reference(case, device):
     torch.testing.assert_close(ours["m2"], exact["m2"], rtol=1e-4, atol=1e-6)
 
 
+@every_case
+def test_the_scales_gradient_is_as_exact_as_pytorchs(case, device):
+    inputs, gradient = op_cases.projection_inputs(case, device), op_cases.output_gradient(case, device)
+    inputs.pop("scale")
+    by_prompt = torch.ops.nemo_ext.value_projection_scale_gradient(gradient, **inputs)
+    exact = (gradient.double() * reference.value_projection(**inputs)).sum(1)
+    torchs = (gradient.float() * torch_values(**inputs, scale=None).float()).sum(1)
+    assert by_prompt.dtype == torch.float32
+    assert_as_good_as_torch(by_prompt, torchs, exact)
+
+
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3, 4), (2, 0, 4)], ids=str)
 def test_value_projection_takes_any_leading_shape(leading, device):
     hidden, weight, scale = (torch.randn(*shape, device=device) for shape in ((*leading, 17), (7, 17), (7,)))

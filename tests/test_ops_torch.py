@@ -38,6 +38,14 @@ def test_value_projection_stats_passes_opcheck(return_values, device):
     torch.library.opcheck(torch.ops.nemo_ext.value_projection_stats.default, arguments)
 
 
+@every_dtype
+def test_the_scales_gradient_passes_opcheck(dtype, device):
+    hidden, weight, bias, _ = make(device, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(3, 5, 7, dtype=dtype, device=device, requires_grad=True)
+    operator = torch.ops.nemo_ext.value_projection_scale_gradient.default
+    torch.library.opcheck(operator, (gradient, hidden, weight, bias))
+
+
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
