@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ import emulation_jobs
 import numpy as np
 import pybind11
 import pytest
-import sysconfig
 import torch
 from emulation_jobs import Job
 
@@ -226,7 +226,7 @@ def projection_job(
     """The operator that the arguments are for: with `running`, which it leaves alone, `value_projection_stats`, with
     `gradient` the one for the gradient of the scale, else `value_projection`.
 
-    As on a GPU of `multiprocessors`, with the tile it would take or with `shape` (wide, narrow, strided).
+    As on a GPU of `multiprocessors`, with the tile it would take or with `shape` (wide, medium, narrow, strided).
     """
     batch, tokens, out_features = *hidden.shape[:2], weight.shape[0]
     job: Job = {"element": str(hidden.dtype)[6:], "multiprocessors": multiprocessors, "order": order, "seed": seed}

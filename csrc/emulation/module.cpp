@@ -42,9 +42,10 @@ nemo_ext::Element element_of(const std::string& name) {
 std::optional<nemo_ext::cuda::Shape> shape_of(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
   if (name == "wide") return nemo_ext::cuda::Shape::Wide;
+  if (name == "medium") return nemo_ext::cuda::Shape::Medium;
   if (name == "narrow") return nemo_ext::cuda::Shape::Narrow;
   if (name == "strided") return nemo_ext::cuda::Shape::Strided;
-  throw std::runtime_error("shape must be wide, narrow, strided or None, got " + *name);
+  throw std::runtime_error("shape must be wide, medium, narrow, strided or None, got " + *name);
 }
 
 // Null for None.

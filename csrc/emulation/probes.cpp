@@ -241,6 +241,10 @@ constexpr Probe kProbes[] = {
      [](const uint32_t*, uint32_t*) {
        if (thread_index() != 37) sync_threads();
      }},
+    {"barrier_after_the_first_thread_returned", 64, 256,
+     [](const uint32_t*, uint32_t*) {
+       if (thread_index() != 0) sync_threads();
+     }},
     {"warp_barrier_that_one_lane_leaves_out", 64, 256,
      [](const uint32_t*, uint32_t*) {
        if (thread_index() != 37) sync_warp();
