@@ -335,7 +335,9 @@ def main() -> None:
     device = arguments.device
     if device == "cuda":
         gpus = info.gpus()
-        obstacle = info.cuda_obstacle(_module.build_facts(), gpus[0]) if gpus else "torch sees no GPU"
+        obstacle = (
+            info.cuda_obstacle(_module.build_facts(), gpus[0]) if gpus else f"torch {torch.__version__} sees no GPU"
+        )
         if obstacle:
             parser.error(f"--device cuda: {obstacle}")
     torch.set_num_threads(arguments.threads)

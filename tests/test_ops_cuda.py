@@ -100,9 +100,9 @@ def captured(function):
         test_ops_reference.test_the_scales_gradient_is_as_exact_as_pytorchs,
     ],
 )
-@pytest.mark.parametrize("case", op_cases.LARGE_CASES, ids=str)
-def test_a_call_that_fills_the_gpu_is_as_exact(check, case, device):
-    check(case, device)
+def test_calls_that_fill_the_gpu_are_as_exact(check, device):
+    for case in op_cases.LARGE_CASES:
+        check(case, device)
 
 
 @every_dtype
