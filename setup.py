@@ -105,6 +105,11 @@ def cuda_architectures(environment: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(machine_code + ptx))
 
 
+def host_compiler_of(command: list[str]) -> str:
+    """What nvcc takes for a host compiler: a name, where `command` may be "ccache g++ -m64"."""
+    return next(word for word in command if not word.endswith("cache"))
+
+
 def nvcc_candidates(environment: Mapping[str, str]) -> list[str]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environment.get(variable):
@@ -126,7 +131,8 @@ def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str]) -> Toolk
         except OSError as error:
             raise Unusable(f"{nvcc} does not start ({error.strerror})") from None
         except subprocess.CalledProcessError as error:
-            raise Unusable(f"{nvcc} {arguments[0]} fails ({error.stderr.strip() or error.returncode})") from None
+            said = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+            raise Unusable(f"{nvcc} {arguments[0]} fails ({said})") from None
         return answer.stdout + answer.stderr
 
     version = re.search(r"release .*V(\d+(?:\.\d+)+)", ask("--version"))
@@ -222,8 +228,7 @@ class BuildWithFacts(BuildExtension):
         if choice == "0":
             return "left out: NEMO_EXT_CUDA=0", []
         architectures = cuda_architectures(os.environ)
-        # nvcc takes the name of a compiler, not a command like "ccache g++".
-        host_compiler = next((word for word in compiler if not word.endswith("cache")), compiler[0])
+        host_compiler = host_compiler_of(compiler)
         try:
             toolkit = find_toolkit(os.environ, host_compiler, architectures)
         except Unusable as reason:

@@ -237,6 +237,11 @@ def test_a_list_without_any_architecture_is_an_error(setup, environment, variabl
         setup.cuda_architectures(environment)
 
 
+@pytest.mark.parametrize("command", [["g++"], ["g++", "-m64"], ["/usr/bin/ccache", "g++"]])
+def test_nvcc_gets_the_compiler_without_its_launcher_and_options(setup, command):
+    assert setup.host_compiler_of(command) == "g++"
+
+
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
 def test_a_toolkit_is_found_by_its_folder(setup, toolkit, variable):
     found = setup.find_toolkit({variable: str(toolkit)}, "c++", ["sm_80", "compute_80"])
@@ -277,6 +282,12 @@ def test_the_first_usable_toolkit_is_taken(setup, toolkit, tmp_path, monkeypatch
 def test_a_toolkit_too_old_for_an_architecture_is_told(setup, toolkit):
     with pytest.raises(setup.Unusable, match=r"nvcc is of CUDA 12\.4\.131, which does not know sm_100, sm_120$"):
         setup.find_toolkit({"CUDA_HOME": str(toolkit)}, "c++", ["sm_90", "sm_100", "sm_120"])
+
+
+def test_a_toolkit_that_fails_is_told_with_its_own_words(setup, toolkit):
+    (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\necho 'nvcc fatal:\nplanted' >&2\nexit 1\n")
+    with pytest.raises(setup.Unusable, match=r"nvcc --version fails \(nvcc fatal: planted\)"):
+        setup.find_toolkit({"CUDA_HOME": str(toolkit)}, "c++", ["sm_80"])
 
 
 @pytest.mark.parametrize("file", ["include/cuda_runtime.h", "lib/libcudart_static.a"])
