@@ -197,15 +197,15 @@ struct Sums {
   }
 };
 
-// float32 as the sum of two tf32, whose low 13 bits mma ignores: what they leave out is rounded to the
-// nearest, and is below 2⁻²¹ of the number.
+// float32 as the sum of two tf32, whose low 13 bits mma ignores: `high` is the nearest tf32, and what is lost
+// of `low` is below 2⁻²² of the number. Only `low` need keep a NaN.
 struct Split {
   uint32_t high, low;
 };
 
 NEMO_EXT_DEVICE Split split(uint32_t bits) {
-  const uint32_t high = bits & 0xffffe000u;
-  return {high, as_bits(as_float(bits) - as_float(high)) + 0x1000u};
+  const uint32_t high = (bits + 0x1000u) & 0xffffe000u;
+  return {high, as_bits(as_float(bits) - as_float(high))};
 }
 
 // Two tiles of 16-bit elements, side by side.
