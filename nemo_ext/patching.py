@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nemo_ext import ops
 from nemo_ext.errors import NemoError
-from nemo_ext.layers import unet_of, value_layers
+from nemo_ext.layers import unet_of, unknown_layer, value_layers
 from nemo_ext.neurons import NeuronSet
 
 
@@ -81,8 +81,7 @@ def set_neurons(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *
     layers = value_layers(pipe, "all")
     scales = _scales(layers, neurons, scale)
     for layer, module in layers.items():
-        if not isinstance(module, ValueProjection):
-            raise NemoError(f"{layer} is not patched: call nemo_ext.patch(pipe) first")
+        _checked_patched(layer, module)
     for layer, module in layers.items():
         _patch_layer(module, scales[layer])
 
@@ -125,6 +124,48 @@ def patched(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, sc
                 _unpatch_layer(module)
 
 
+@contextmanager
+def scaled_rows(pipe: Any, scales: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Give value layers a scale for each row of the batch, for the length of a block: many sets of neurons in one call.
+
+    After the block, also after an exception, every layer has the scale that it had before. Each U-Net call in it must
+    have B rows. In the next block other tensors of the same shape recompile nothing.
+
+    Args:
+        pipe: a patched pipeline, or its U-Net.
+        scales: layer name -> [B, N] float32, a row for each row of the batch, the same B everywhere. The tensors are
+            used as they are, so a gradient reaches them and a change in place counts. Layers not named keep theirs.
+
+    Yields:
+        `pipe`.
+
+    Raises:
+        NemoError: an unknown layer, one that isn't patched, or a scale of another shape or dtype, by the layer's name;
+            then nothing has been changed.
+    """
+    layers = value_layers(pipe, "all")
+    modules: dict[ValueProjection, Tensor] = {}
+    rows = next((len(scale) for scale in scales.values() if scale.dim()), 0)
+    for layer, scale in scales.items():
+        if layer not in layers:
+            raise unknown_layer(layer, layers)
+        wanted = [rows, layers[layer].out_features]
+        if list(scale.shape) != wanted or scale.dtype != torch.float32:
+            raise NemoError(
+                f"{layer}: the scale must be [rows, neurons] = {wanted} of torch.float32, "
+                f"got {list(scale.shape)} of {scale.dtype}"
+            )
+        modules[_checked_patched(layer, layers[layer])] = scale
+    before = {module: module.neuron_scale for module in modules}
+    try:
+        for module, scale in modules.items():
+            _give_scale(module, scale.to(module.weight.device))
+        yield pipe
+    finally:
+        for module, scale in before.items():
+            _give_scale(module, scale)
+
+
 def _scales(
     layers: Mapping[str, nn.Linear], neurons: Mapping[str, Sequence[int]] | None, scale: float
 ) -> dict[str, Tensor]:
@@ -138,12 +179,23 @@ def _scales(
     return scales
 
 
+def _checked_patched(layer: str, module: nn.Linear) -> ValueProjection:
+    if not isinstance(module, ValueProjection):
+        raise NemoError(f"{layer} is not patched: call nemo_ext.patch(pipe) first")
+    return module
+
+
 def _patch_layer(module: nn.Linear, scale: Tensor) -> None:
     if isinstance(module, ValueProjection):
         module.neuron_scale.copy_(scale)
     else:
-        module.register_buffer("neuron_scale", scale.to(module.weight.device), persistent=False)
-        module.__class__ = ValueProjection
+        _give_scale(module, scale.to(module.weight.device))
+
+
+def _give_scale(module: nn.Linear, scale: Tensor) -> None:
+    """Make `scale` itself the layer's scale, and the layer a patched one if it isn't."""
+    module.register_buffer("neuron_scale", scale, persistent=False)
+    module.__class__ = ValueProjection
 
 
 def _unpatch_layer(module: ValueProjection) -> None:

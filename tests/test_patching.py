@@ -12,10 +12,11 @@ from torch._dynamo.testing import CompileCounter
 
 from nemo_ext.errors import NemoError
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import is_patched, patch, patched, set_neurons, unpatch
+from nemo_ext.patching import is_patched, patch, patched, scaled_rows, set_neurons, unpatch
 
 FIRST, SECOND, *_, MID = DOWN_AND_MID
 SOME = NeuronSet({FIRST: [0, 5], MID: [3, 30, 31]})
+OTHERS = NeuronSet({SECOND: [1, 2, 3], MID: [4]})
 
 
 @pytest.fixture
@@ -235,6 +236,90 @@ class TestPatchedContext:
         with patched(pipe):
             unpatch(pipe)
         assert torch.equal(noise(pipe), before)
+
+
+class TestScaledRows:
+    def rows(self, *neurons: NeuronSet) -> dict[str, Tensor]:
+        """A scale per row: in row b `neurons[b]` are off."""
+        scales = {layer: torch.ones(len(neurons), width) for layer, width in DOWN_AND_MID.items()}
+        for row, own in enumerate(neurons):
+            for layer, indices in own.items():
+                scales[layer][row, list(indices)] = 0
+        return scales
+
+    def test_each_row_of_the_batch_has_its_own_neurons_off(self, pipe: StableDiffusionPipeline) -> None:
+        expected = [noise(with_rows_zeroed(pipe, neurons)) for neurons in (SOME, OTHERS)]
+        patch(pipe)
+        with scaled_rows(pipe, self.rows(SOME, OTHERS)) as inside:
+            assert inside is pipe
+            got = noise(pipe)
+        torch.testing.assert_close(got, torch.stack([expected[0][0], expected[1][1]]), rtol=1e-5, atol=1e-5)
+        assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+    def test_layers_not_named_keep_their_scale(self, pipe: StableDiffusionPipeline) -> None:
+        expected = noise(with_rows_zeroed(pipe, NeuronSet({SECOND: OTHERS[SECOND], MID: SOME[MID]})))
+        patch(pipe, OTHERS)
+        with scaled_rows(pipe, {MID: self.rows(SOME, SOME)[MID]}):
+            torch.testing.assert_close(noise(pipe), expected, rtol=1e-5, atol=1e-5)
+
+    def test_undoes_itself_after_an_exception(self, pipe: StableDiffusionPipeline) -> None:
+        patch(pipe, OTHERS)
+        before, buffer = noise(pipe), pipe.unet.get_submodule(MID).neuron_scale
+
+        def interrupted() -> None:
+            with scaled_rows(pipe, self.rows(SOME, SOME)):
+                raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop"):
+            interrupted()
+        assert pipe.unet.get_submodule(MID).neuron_scale is buffer
+        assert torch.equal(noise(pipe), before)
+
+    def test_gives_an_earlier_patch_back_even_if_the_block_unpatches(self, pipe: StableDiffusionPipeline) -> None:
+        patch(pipe, OTHERS)
+        before = noise(pipe)
+        with scaled_rows(pipe, self.rows(SOME, SOME)):
+            unpatch(pipe)
+        assert torch.equal(noise(pipe), before)
+
+    def test_gradients_reach_the_rows(self, pipe: StableDiffusionPipeline) -> None:
+        patch(pipe)
+        scale = torch.ones(2, 32, requires_grad=True)
+        value_layer = pipe.unet.get_submodule(MID)
+        hidden = torch.randn(2, TOKENS, TEXT_WIDTH)
+        with scaled_rows(pipe, {MID: scale}):
+            value_layer(hidden).sum().backward()
+        assert scale.grad is not None
+        expected = nn.functional.linear(hidden, value_layer.weight).sum(1)
+        torch.testing.assert_close(scale.grad, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("scales", "said"),
+        [
+            ({"mid_block.to_v": torch.ones(2, 32)}, "no value layer 'mid_block.to_v'"),
+            ({MID: torch.ones(2, 16)}, rf"{MID}: the scale must be .* \[2, 32\] of torch.float32, got \[2, 16\] of"),
+            ({MID: torch.ones(32)}, rf"{MID}: the scale must be .*, got \[32\] of torch.float32"),
+            ({MID: torch.ones(())}, rf"{MID}: the scale must be .*, got \[\] of torch.float32"),
+            ({MID: torch.ones(2, 32).double()}, rf"{MID}: .* of torch.float32, got \[2, 32\] of torch.float64"),
+            ({FIRST: torch.ones(2, 16), MID: torch.ones(3, 32)}, rf"{MID}: .* \[2, 32\] .*, got \[3, 32\]"),
+        ],
+    )
+    def test_refuses_by_name_what_does_not_fit(
+        self, pipe: StableDiffusionPipeline, scales: dict[str, Tensor], said: str
+    ) -> None:
+        patch(pipe, SOME)
+        before = noise(pipe)
+        with pytest.raises(NemoError, match=said), scaled_rows(pipe, scales):
+            pass
+        assert torch.equal(noise(pipe), before)
+
+    def test_wants_a_patched_pipeline(self, pipe: StableDiffusionPipeline) -> None:
+        with (
+            pytest.raises(NemoError, match=rf"{MID} is not patched: call nemo_ext.patch\(pipe\) first"),
+            scaled_rows(pipe, {MID: torch.ones(2, 32)}),
+        ):
+            pass
+        assert not is_patched(pipe)
 
 
 class TestRefusals:
