@@ -156,6 +156,7 @@ class ValueStack:
             NemoError: an activation that isn't finite, with the layer's name.
         """
         neurons = self.weight.shape[0]
+        running = count is not None and mean is not None and m2 is not None
         if count is None or mean is None or m2 is None:
             zeros = torch.zeros(2 * neurons + 1, dtype=torch.float64, device=hidden.device)
             count, mean, m2 = zeros[-1], zeros[:neurons], zeros[neurons:-1]
@@ -163,6 +164,9 @@ class ValueStack:
             _, activation = ops.value_projection_stats(
                 hidden, self.weight, self.bias, None, None, count, mean, m2, False
             )
+            # On CUDA the operator doesn't wait to see; who passes running buffers finds it in their count.
+            if not running and not activation.isfinite().all():
+                raise RuntimeError("an activation is not finite")
         except RuntimeError as error:
             # The operator names a row of the stack, which tells a user nothing: name the layer.
             values = ops.value_projection(hidden, self.weight, self.bias)

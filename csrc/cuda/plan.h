@@ -47,8 +47,8 @@ constexpr int kSlotRows = 80;
 
 enum class Shape {
   Wide,     // 320 rows: the least traffic from the L2 cache
-  Medium,   // 160 rows: where Wide would leave multiprocessors without a block
-  Narrow,   // 80 rows: where Medium would
+  Medium,   // 160 rows: more blocks, where Wide would leave multiprocessors idle
+  Narrow,   // 80 rows: more still
   Strided,  // as Narrow, loading one element at a time: any strides, any alignment, any in_features
 };
 
@@ -63,6 +63,9 @@ struct Tile {
   static constexpr int kWarpColumns = kLarge ? (sizeof(T) == 2 ? 64 : 32) : 16;
   // On one multiprocessor at a time: what the compiler gives registers for.
   static constexpr int kBlocks = kShape == Shape::Wide ? 1 : kShape == Shape::Medium ? 2 : 3;
+
+  // Time for one output, in percent of what Wide takes: by traffic from the L2 cache, and by shared memory.
+  static constexpr int kCost = kShape == Shape::Wide ? 100 : kShape == Shape::Medium ? 110 : 165;
 
   static constexpr int kThreads = kWarpSize * kSlots * kColumnWarps;
   static constexpr int kRows = kSlots * kSlotRows;
@@ -114,6 +117,7 @@ struct Plan {
   int64_t column_blocks;
   int64_t groups;    // 0: there is nothing to compute
   int64_t partials;  // groups · slots
+  int64_t cost;      // of the busiest multiprocessor, in the time that a wide tile takes for one output
 };
 
 inline Plan plan_of_shape(const Projection& p, Shape shape, int multiprocessors) {
@@ -123,13 +127,19 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, int multiprocessors)
     // One block more than none: the running count grows even where there is no neuron.
     const int64_t column_blocks = p.out_features > 0 ? ceil_divide(p.out_features, T::kColumns) : 1;
     const int64_t most = ceil_divide(pieces, T::kSlots);
-    if (most == 0) return Plan{shape, column_blocks, 0, 0};
-    // As many groups as the device holds at once, evenly loaded: fewer partials, and weights stay in its
-    // cache.
-    const int64_t resident = int64_t(multiprocessors) * T::kBlocks / column_blocks;
-    const int64_t rounds = ceil_divide(most, resident > 0 ? resident : 1);
-    const int64_t groups = ceil_divide(most, rounds);
-    return Plan{shape, column_blocks, groups, groups * T::kSlots};
+    Plan best{shape, column_blocks, 0, 0, 0};
+    // The fewest groups that keep every multiprocessor busy: the more groups, the more partials.
+    for (int64_t blocks = 1; most > 0 && blocks <= 8; ++blocks) {
+      const int64_t wanted = blocks * multiprocessors / column_blocks;
+      const int64_t groups = wanted < 1 ? 1 : wanted < most ? wanted : most;
+      const int64_t rounds = ceil_divide(most, groups);
+      const int64_t outputs = int64_t(T::kSlots) * kSlotRows * T::kColumns;
+      const int64_t cost =
+          rounds * ceil_divide(column_blocks * groups, multiprocessors) * outputs * T::kCost / 100;
+      if (best.groups == 0 || cost < best.cost)
+        best = {shape, column_blocks, groups, groups * T::kSlots, cost};
+    }
+    return best;
   });
 }
 
@@ -153,11 +163,12 @@ inline Plan plan(const Projection& p, int multiprocessors) {
       !is_aligned(p.weight, weight_sizes, p.weight_strides, 2, element_size)) {
     return plan_of_shape(p, Shape::Strided, multiprocessors);
   }
-  for (const Shape shape : {Shape::Wide, Shape::Medium}) {
-    const Plan large = plan_of_shape(p, shape, multiprocessors);
-    if (large.column_blocks * large.groups >= multiprocessors) return large;
+  Plan best = plan_of_shape(p, Shape::Wide, multiprocessors);
+  for (const Shape shape : {Shape::Medium, Shape::Narrow}) {
+    const Plan other = plan_of_shape(p, shape, multiprocessors);
+    if (other.cost < best.cost) best = other;
   }
-  return plan_of_shape(p, Shape::Narrow, multiprocessors);
+  return best;
 }
 
 }  // namespace nemo_ext::cuda
