@@ -143,8 +143,7 @@ struct Thread {
   uint32_t words[4], right[2];
   float sum[4];
 
-  // Copies under way: a ring. An array, for memory that fibers allocate would be shared between them.
-  std::array<QueuedCopy, kMostCopies> copies;
+  // Copies under way: a ring in machine.copies.
   int oldest_copy, copy_count;
   int64_t committed_groups;
 };
@@ -186,6 +185,8 @@ struct Machine {
 
   // Kept from launch to launch, but for ThreadSanitizer from block to block only: no address may seem shared.
   std::vector<Thread> threads;
+  // An array for every thread: memory that fibers allocated would seem shared, too.
+  std::vector<std::array<QueuedCopy, kMostCopies>> copies;
   std::unique_ptr<Mapping> stacks, shared;
   int stack_count = 0;
 };
@@ -307,11 +308,11 @@ void run_thread() {
   pass_on(true);
 }
 
-void prepare_fiber(Fiber& fiber, unsigned char* stack) {
+void prepare_fiber(Fiber& fiber, unsigned char* stack, size_t bytes) {
   fiber.stack = stack;
-  fiber.stack_bytes = kStackBytes;
+  fiber.stack_bytes = bytes;
 #if defined(NEMO_EXT_FAST_SWITCH)
-  void** top = reinterpret_cast<void**>(stack + kStackBytes);
+  void** top = reinterpret_cast<void**>(stack + bytes);
   *--top = nullptr;  // where run_thread would return to; aligns the stack as after a call
   *--top = reinterpret_cast<void*>(&run_thread);
   for (int preserved = 0; preserved < 6; ++preserved) *--top = nullptr;
@@ -319,12 +320,12 @@ void prepare_fiber(Fiber& fiber, unsigned char* stack) {
 #else
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = stack;
-  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_stack.ss_size = bytes;
   makecontext(&fiber.context, &run_thread, 0);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   // A thread that ended, or was given up after an error, left its frames' red zones behind.
-  __asan_unpoison_memory_region(stack, kStackBytes);
+  __asan_unpoison_memory_region(stack, bytes);
 #endif
 #if defined(NEMO_EXT_THREAD_SANITIZER)
   fiber.sanitizers_thread = __tsan_create_fiber(0);
@@ -342,6 +343,7 @@ void prepare_memory() {
   if (machine.stack_count < machine.launch.threads) {
     machine.stack_count = machine.launch.threads;
     machine.threads.resize(machine.stack_count);
+    machine.copies.resize(machine.stack_count);
     machine.stacks = std::make_unique<Mapping>(machine.stack_count * kStackBytes);
     for (int i = 0; i < machine.stack_count; ++i) {
       mprotect(machine.stacks->begin() + i * kStackBytes, sysconf(_SC_PAGESIZE), PROT_NONE);
@@ -364,10 +366,18 @@ void run_block(int64_t x, int64_t y) {
     thread.index = i;
     thread.oldest_copy = thread.copy_count = 0;
     thread.committed_groups = 0;
-    prepare_fiber(thread.fiber, machine.stacks->begin() + i * kStackBytes);
+    // Not all stacks begin at the same place of a page, for the caches hold few such lines at a time.
+    const size_t unused = i % 64 * 576;
+    prepare_fiber(thread.fiber, machine.stacks->begin() + i * kStackBytes, kStackBytes - unused);
   }
   machine.current = next_thread();
   switch_fibers(machine.caller, machine.current->fiber, false);
+}
+
+float towards_zero(double number) {
+  const float nearest = static_cast<float>(number);
+  const bool is_farther = (std::fabs(nearest) > std::fabs(number)) & (std::fabs(number) < 0x1p128);
+  return cuda::as_float(cuda::as_bits(nearest) - is_farther);
 }
 
 // PTX ISA, "mma.m16n8k16" (kDepth 16, two elements a word) and "mma.m16n8k8" of tf32: the rows of left and of
@@ -389,18 +399,17 @@ void multiply_warp(Thread* lanes, ToDouble to_double) {
   }
   for (int row = 0; row < 16; ++row) {
     double sum[8];
+#pragma GCC unroll 8
     for (int column = 0; column < 8; ++column) {
       sum[column] = lanes[row % 8 * 4 + column / 2].sum[row / 8 * 2 + column % 2];
     }
     for (int k = 0; k < kDepth; ++k) {
+#pragma GCC unroll 8
       for (int column = 0; column < 8; ++column) sum[column] += left[row][k] * right[k][column];
     }
+#pragma GCC unroll 8
     for (int column = 0; column < 8; ++column) {
-      float rounded = static_cast<float>(sum[column]);
-      if (std::fabs(rounded) > std::fabs(sum[column])) {
-        rounded = std::fabs(sum[column]) < 0x1p128 ? std::nextafter(rounded, 0.0f) : rounded;
-      }
-      lanes[row % 8 * 4 + column / 2].sum[row / 8 * 2 + column % 2] = rounded;
+      lanes[row % 8 * 4 + column / 2].sum[row / 8 * 2 + column % 2] = towards_zero(sum[column]);
     }
   }
 }
@@ -623,7 +632,8 @@ void begin_copy(const Copy& copy, Where where) {
   Thread& thread = *machine.current;
   if (thread.copy_count == kMostCopies)
     fail("copy_async_16", where, "more copies under way than can be emulated");
-  thread.copies[(thread.oldest_copy + thread.copy_count++) % kMostCopies] = {copy, thread.committed_groups};
+  machine.copies[thread.index][(thread.oldest_copy + thread.copy_count++) % kMostCopies] = {
+      copy, thread.committed_groups};
 }
 
 void commit_copies() {
@@ -632,7 +642,7 @@ void commit_copies() {
 
 bool land_copy(int pending, Copy& copy) {
   Thread& thread = *machine.current;
-  const QueuedCopy& oldest = thread.copies[thread.oldest_copy];
+  const QueuedCopy& oldest = machine.copies[thread.index][thread.oldest_copy];
   if (thread.copy_count == 0 || oldest.group >= thread.committed_groups - pending) return false;
   copy = oldest.copy;
   thread.oldest_copy = (thread.oldest_copy + 1) % kMostCopies;
