@@ -1,0 +1,329 @@
+"""What all benchmarks share: command line, timing in turns, memory, one CSV and plot, comparing with an older run.
+
+A benchmark is a script `bench_NAME.py` in this folder:
+
+    run = Run("bench_name", parser(__doc__), keys=("what", "prompts"), shown=("median_ms", "over_loop"))
+    for prompts in (10,) if run.quick else (10, 100, 1000):
+        times = alternate({"loop": ..., "ours": ...}, device=run.device, verify=same_results, seconds=3)
+        for what, row in measured(times, baselines=["loop"]).items():
+            run.add({"what": what, "prompts": prompts, **row})
+    run.finish([Panel("cost against prompts", run.rows, x="prompts")])
+
+`verify` gets what each call returned, by name, and raises where they disagree: nothing is timed that is not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import multiprocessing
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nemo_ext import _module, info
+from nemo_ext.atomic import replacing
+
+Row = dict[str, Any]
+Call = Callable[[], object]
+
+# What times can be compared across; commit, date and version of nemo_ext are what a comparison is about.
+CIRCUMSTANCES = ("device", "machine", "threads", "variant", "compiler", "torch", "cuda", "diffusers", "transformers")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark; `doc` is the script's docstring, its first line says what it measures."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; one keeps other work out of the ratios")
+    parser.add_argument("--quick", action="store_true", help="the smallest measurement that says something")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write BENCHMARK-DEVICE.csv and .png there")
+    parser.add_argument("--compare", type=Path, metavar="CSV", help="print how much faster this is than an older run")
+    return parser
+
+
+class Run:
+    """One run of a benchmark: its rows, printed and written as they come.
+
+    Args:
+        name: of the benchmark, and of its files.
+        parser: from `parser`, with options of the benchmark's own where it needs them; see `arguments`.
+        keys: columns that tell measurements apart, the same in every run.
+        shown: further columns that are printed; all are written.
+    """
+
+    def __init__(
+        self, name: str, parser: argparse.ArgumentParser, *, keys: Sequence[str], shown: Sequence[str]
+    ) -> None:
+        self.arguments = parser.parse_args()
+        self.device: str = self.arguments.device
+        self.quick: bool = self.arguments.quick
+        if self.device == "cuda" and (obstacle := cuda_obstacle()):
+            parser.error(f"--device cuda: {obstacle}")
+        # Read now, so that a wrong path is said before the work and not after it.
+        self._older = read_csv(self.arguments.compare) if self.arguments.compare else []
+        torch.set_num_threads(self.arguments.threads)
+        torch.manual_seed(0)
+        self.name = name
+        self.keys = tuple(keys)
+        self.rows: list[Row] = []
+        self.facts = facts_of_run(self.device, self.arguments.threads)
+        self._columns = (*self.keys, *shown)
+        print(", ".join(f"{fact} {value}" for fact, value in self.facts.items() if value != ""))
+        print(format_row(dict(zip(self._columns, self._columns, strict=True)), self._columns), flush=True)
+
+    def add(self, row: Row) -> None:
+        """Take in one measurement: `keys` and whatever was measured."""
+        missing = [key for key in self.keys if key not in row]
+        if missing:
+            raise ValueError(f"{self.name}: a row must have {', '.join(self.keys)}, got none of {', '.join(missing)}")
+        self.rows.append(row)
+        print(format_row(row, self._columns), flush=True)
+        if self.arguments.out:  # each time: an hour's run may be stopped
+            write_csv([self.facts | row for row in self.rows], self.path("csv"))
+
+    def path(self, suffix: str) -> Path:
+        out: Path = self.arguments.out
+        return out / f"{self.name}-{self.device}.{suffix}"
+
+    def finish(self, panels: Sequence[Panel]) -> None:
+        """Draw the panels, and compare with the older run, if asked to."""
+        if self.arguments.out:
+            plot(panels, self.facts, self.path("png"))
+        if self._older:
+            compare([self.facts | row for row in self.rows], self._older, self.keys)
+
+
+def alternate(
+    calls: Mapping[str, Call],
+    *,
+    device: str = "cpu",
+    verify: Callable[[dict[str, Any]], None] | None = None,
+    seconds: float = 0.0,
+    rounds: int = 5,
+    warm_up: bool = True,
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, in turns, A B C A B C: other work on the machine falls on all alike.
+
+    Args:
+        calls: name -> what to call.
+        device: where they run; on "cuda" a call's time ends when the GPU has done its work.
+        verify: gets name -> result of the first round; raises where one is wrong.
+        seconds: go on for as long as this,
+        rounds: and for as many rounds.
+        warm_up: leave the first round out. False where a call takes minutes, and warming up a fraction of it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    first = {}
+    for name, call in calls.items():
+        taken, first[name] = timed(call, device)
+        if not warm_up:
+            times[name].append(taken)
+    if verify:
+        verify(first)
+    del first
+    done, start = int(not warm_up), time.perf_counter()
+    while done < rounds or time.perf_counter() - start < seconds:
+        for name, call in calls.items():
+            times[name].append(timed(call, device)[0])
+        done += 1
+    return times
+
+
+def timed(call: Call, device: str = "cpu") -> tuple[float, object]:
+    """Milliseconds of a call, and what it returned."""
+    if device == "cpu":
+        before = time.perf_counter()
+        result = call()
+        return 1e3 * (time.perf_counter() - before), result
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), result
+
+
+def measured(times: Mapping[str, Sequence[float]], baselines: Sequence[str] = ()) -> dict[str, Row]:
+    """Columns for what `alternate` gave: name -> calls, median_ms, low_ms, high_ms; low and high are deciles.
+
+    For each baseline B also over_B, its median over this one's: above 1 is faster than B. over_B_low and over_B_high
+    are the deciles of the ratio round by round: how far noise moves it.
+    """
+    rows = {}
+    for name, of_one in times.items():
+        low, high = deciles(of_one)
+        row = {"calls": len(of_one), "median_ms": statistics.median(of_one), "low_ms": low, "high_ms": high}
+        for baseline in baselines:
+            low, high = deciles([theirs / ours for theirs, ours in zip(times[baseline], of_one, strict=True)])
+            ratio = statistics.median(times[baseline]) / row["median_ms"]
+            row |= {f"over_{baseline}": ratio, f"over_{baseline}_low": low, f"over_{baseline}_high": high}
+        rows[name] = row
+    return rows
+
+
+def deciles(values: Sequence[float]) -> tuple[float, float]:
+    """What a tenth of the values is below, and what a tenth is above."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
+    return low, high
+
+
+def peak_memory(call: Callable[..., Any], *arguments: Any, device: str = "cpu") -> tuple[int, Any]:
+    """The most bytes that `call(*arguments)` had at one time, in a process of its own, and what it returned.
+
+    On the CPU all of the process, PyTorch included: compare two calls; on CUDA what PyTorch has allocated there.
+
+    Args:
+        call: a function at the top level of the script; it and its arguments are pickled.
+    """
+    # A new interpreter: a fork would begin with all that this process has.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_with_peak, call, arguments, device, torch.get_num_threads()).result()
+
+
+def _with_peak(call: Callable[..., Any], arguments: tuple[Any, ...], device: str, threads: int) -> tuple[int, Any]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    result = call(*arguments)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), result
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent had when it started this process
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1]), result
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), result
+
+
+class Panel(NamedTuple):
+    """A plot of `rows`: `y` over `x`, a line for each value of `series`, both axes logarithmic."""
+
+    title: str
+    rows: Sequence[Row]
+    x: str
+    y: str = "median_ms"
+    series: str = "what"
+
+
+def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(panels), squeeze=False, layout="constrained", figsize=(1 + 5 * len(panels), 4.5)
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        rows = [row for row in panel.rows if row.get(panel.y) not in (None, "")]
+        for name in dict.fromkeys(row[panel.series] for row in rows):
+            of_one = sorted((row for row in rows if row[panel.series] == name), key=lambda row: row[panel.x])
+            axis.plot([row[panel.x] for row in of_one], [row[panel.y] for row in of_one], "o-", label=name)
+        axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
+        if rows:
+            axis.legend()
+    figure.suptitle(f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, {facts['commit']}")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def compare(rows: Sequence[Row], older: Sequence[Row], keys: Sequence[str], column: str = "median_ms") -> None:
+    """Print, for each measurement of both runs, the older one's `column` over this one's: above 1 is faster now."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")) for name in keys)
+
+    for fact in CIRCUMSTANCES:
+        now, then = str(rows[0][fact]), older[0].get(fact, "")
+        if now != then:
+            print(f"warning: {fact} was '{then}' and is '{now}': the ratios are not of the code alone")
+    before = {key(row): row for row in older}
+    columns = (*keys, "then", "now", "then/now")
+    print(f"\n{column} at {older[0].get('commit', '')} and at {rows[0]['commit']}")
+    print(format_row(dict(zip(columns, columns, strict=True)), columns))
+    for row in rows:
+        then = before.pop(key(row), {}).get(column)
+        now = row.get(column)
+        if then and now:
+            ratio = float(then) / now
+            print(format_row({**row, "then": float(then), "now": now, "then/now": ratio}, columns))
+        elif now:
+            print(f"only now: {' '.join(key(row))}")
+    for missing in before:
+        print(f"only then: {' '.join(missing)}")
+
+
+def format_row(row: Row, columns: Sequence[str]) -> str:
+    """One line of a table."""
+    cells = []
+    for column in columns:
+        value = row.get(column, "")
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        cells.append(f"{text:<{max(len(column), 10)}}")
+    return "  ".join(cells).rstrip()
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def facts_of_run(device: str, threads: int) -> Row:
+    build = _module.build_facts()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device,
+        "machine": torch.cuda.get_device_name(device) if device == "cuda" else cpu_name(),
+        "threads": threads,
+        "variant": "" if device == "cuda" else _module.cpu_capability(),
+        "nemo_ext": build["version"],
+        "compiler": build["compiler"],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        **{package: importlib.metadata.version(package) for package in ("diffusers", "transformers")},
+    }
+
+
+def cuda_obstacle() -> str | None:
+    """Why the operators cannot run on a GPU here, in one sentence; None where they can."""
+    gpus = info.gpus()
+    return info.cuda_obstacle(_module.build_facts(), gpus[0]) if gpus else f"torch {torch.__version__} sees no GPU"
+
+
+def cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of this checkout, with "-dirty" where it was changed; empty outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
