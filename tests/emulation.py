@@ -80,7 +80,7 @@ def _flags(unit: str, sanitizer: str | None, ucontext: bool) -> list[str]:
             return [*flags, "-O2"]
     if sanitizer is None:
         # What a kernel reads of its registers before it wrote them shows, too.
-        return [*flags, "-O2", "-ftrivial-auto-var-init=pattern"]
+        return [*flags, "-O2" if unit == "emulator" else "-O1", "-ftrivial-auto-var-init=pattern"]
     return [*flags, "-O1", *SANITIZERS[sanitizer]]
 
 

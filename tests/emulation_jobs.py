@@ -21,9 +21,10 @@ STRIDED = ("hidden", "weight")
 
 
 def load(path: Path) -> ModuleType:
-    """The compiled module; several builds of it can be in one process."""
-    loader = importlib.machinery.ExtensionFileLoader("_emulation", str(path))
-    spec = importlib.util.spec_from_loader("_emulation", loader)
+    """The compiled module, under a name of its own: to pybind11 two of one name are the same."""
+    name = f"{path.stem}._emulation"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
