@@ -12,6 +12,7 @@ from nemo_ext import ops
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import unet_of, unknown_layer, value_layers
 from nemo_ext.neurons import NeuronSet
+from nemo_ext.value_cache import ValueCache
 
 
 class ValueProjection(nn.Linear):
@@ -23,17 +24,56 @@ class ValueProjection(nn.Linear):
     """
 
     neuron_scale: Tensor
+    #: What calls in eager mode leave for the next ones.
+    memory: "_Memory"
 
     def forward(self, input: Tensor) -> Tensor:
         """v [B, T, N] of text embeddings e [B, T, K], in e's dtype."""
-        return ops.value_projection(input, self.weight, self.bias, self.neuron_scale)
+        if _is_recorded(input):
+            # The record will run again with other neurons, which the operator reads from the buffer.
+            return ops.value_projection(input, self.weight, self.bias, self.neuron_scale)
+        return self.memory.cache.values(self._project, input, self.weight, self.bias, self.neuron_scale)
+
+    def _project(self, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+        if self.is_unscaled():
+            return nn.functional.linear(input, weight, bias)
+        return ops.value_projection(input, weight, bias, scale)
+
+    def is_unscaled(self) -> bool:
+        """Whether the scale is known to be 1 everywhere; nothing is read from the device to find out."""
+        scale, ones = self.neuron_scale, self.memory.ones
+        return ones is not None and ones[0] is scale and ones[1] == scale._version and not scale.requires_grad
+
+    def note_scale(self, unscaled: bool) -> None:
+        """Remember whether the scale, as it is now, is 1 everywhere."""
+        self.memory.ones = (self.neuron_scale, self.neuron_scale._version) if unscaled else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueProjection":
         # .half() and .to(dtype) would round the scale as well: it goes along in device alone.
-        scale = self.neuron_scale
+        scale, unscaled = self.neuron_scale, self.is_unscaled()
         super()._apply(fn, recurse)
         self.neuron_scale = scale.to(self.neuron_scale.device)
+        self.note_scale(unscaled)
         return self
+
+
+class _Memory:
+    """What a patched layer knows from one call to the next. That of a copy, or of one read from a file, is empty."""
+
+    def __init__(self) -> None:
+        self.cache = ValueCache()
+        #: A scale that is 1 everywhere while it has this version.
+        self.ones: tuple[Tensor, int] | None = None
+
+    def __reduce__(self) -> tuple[type["_Memory"], tuple[()]]:
+        return _Memory, ()
+
+
+def _is_recorded(input: Tensor) -> bool:
+    """Whether the call becomes part of a graph: torch.compile's, a trace's or a CUDA graph's."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return input.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def is_patched(pipe: Any) -> bool:
@@ -45,8 +85,12 @@ def patch(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scal
     """Make every neuron of a pipeline switchable, and switch some off (v = (e Wᵀ + bias) · s).
 
     All value layers are patched. Patching again replaces the neurons and changes nothing else. With
-    no neurons the outputs are the untouched pipeline's to float rounding. Works under any attention
-    processor, `.to()`, autocast, half precision and torch.compile; `state_dict` keys stay.
+    no neurons the outputs are the untouched pipeline's, bit for bit in eager mode and to float
+    rounding in compiled graphs. Works under any attention processor, `.to()`, autocast, half
+    precision and torch.compile; `state_dict` keys stay.
+
+    In eager mode without gradients a layer's values are computed once for each text embedding,
+    not at every step; see `nemo_ext.value_cache`.
 
     Args:
         pipe: a diffusers pipeline, or its U-Net.
@@ -66,7 +110,7 @@ def patch(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scal
                 "reach: remove the hooks first"
             )
     for layer, module in layers.items():
-        _patch_layer(module, scales[layer])
+        _patch_layer(module, *scales[layer])
 
 
 def set_neurons(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scale: float = 0.0) -> None:
@@ -83,7 +127,7 @@ def set_neurons(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *
     for layer, module in layers.items():
         _checked_patched(layer, module)
     for layer, module in layers.items():
-        _patch_layer(module, scales[layer])
+        _patch_layer(module, *scales[layer])
 
 
 def unpatch(pipe: Any) -> None:
@@ -110,16 +154,16 @@ def patched(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, sc
         `pipe`.
     """
     before = {
-        module: module.neuron_scale.clone() if isinstance(module, ValueProjection) else None
+        module: (module.neuron_scale.clone(), module.is_unscaled()) if isinstance(module, ValueProjection) else None
         for module in value_layers(pipe, "all").values()
     }
     patch(pipe, neurons, scale=scale)
     try:
         yield pipe
     finally:
-        for module, scales in before.items():
-            if scales is not None:
-                _patch_layer(module, scales)
+        for module, state in before.items():
+            if state is not None:
+                _patch_layer(module, *state)
             elif isinstance(module, ValueProjection):
                 _unpatch_layer(module)
 
@@ -168,7 +212,8 @@ def scaled_rows(pipe: Any, scales: Mapping[str, Tensor]) -> Iterator[Any]:
 
 def _scales(
     layers: Mapping[str, nn.Linear], neurons: Mapping[str, Sequence[int]] | None, scale: float
-) -> dict[str, Tensor]:
+) -> dict[str, tuple[Tensor, bool]]:
+    """Layer name -> its scale [N], and whether that is 1 everywhere."""
     if not math.isfinite(scale):
         raise NemoError(f"scale must be a finite number, got {scale}")
     chosen = neurons if isinstance(neurons, NeuronSet) else NeuronSet(neurons)
@@ -176,7 +221,7 @@ def _scales(
     scales = {layer: torch.ones(module.out_features) for layer, module in layers.items()}
     for layer, indices in chosen.items():
         scales[layer][list(indices)] = scale
-    return scales
+    return {layer: (scales[layer], bool((scales[layer] == 1).all())) for layer in layers}
 
 
 def _checked_patched(layer: str, module: nn.Linear) -> ValueProjection:
@@ -185,19 +230,28 @@ def _checked_patched(layer: str, module: nn.Linear) -> ValueProjection:
     return module
 
 
-def _patch_layer(module: nn.Linear, scale: Tensor) -> None:
-    if isinstance(module, ValueProjection):
+def _patch_layer(module: nn.Linear, scale: Tensor, unscaled: bool) -> None:
+    """Set a layer's scale to the values of `scale`, in place where that is possible; `unscaled`: they are all 1."""
+    if isinstance(module, ValueProjection) and module.neuron_scale.shape == scale.shape:
         module.neuron_scale.copy_(scale)
+        module.note_scale(unscaled)
     else:
-        _give_scale(module, scale.to(module.weight.device))
+        # An inference tensor could never be changed again outside inference mode.
+        with torch.inference_mode(False):
+            _give_scale(module, scale.to(module.weight.device, copy=True)).note_scale(unscaled)
 
 
-def _give_scale(module: nn.Linear, scale: Tensor) -> None:
+def _give_scale(module: nn.Linear, scale: Tensor) -> ValueProjection:
     """Make `scale` itself the layer's scale, and the layer a patched one if it isn't."""
     module.register_buffer("neuron_scale", scale, persistent=False)
-    module.__class__ = ValueProjection
+    if not isinstance(module, ValueProjection):
+        module.__class__ = ValueProjection
+        assert isinstance(module, ValueProjection)
+        module.memory = _Memory()
+    return module
 
 
 def _unpatch_layer(module: ValueProjection) -> None:
     del module.neuron_scale
+    del module.memory
     module.__class__ = nn.Linear  # type: ignore[assignment]

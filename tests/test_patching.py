@@ -10,9 +10,12 @@ from tiny_pipeline import DOWN_AND_MID, TEXT_WIDTH, TOKENS, tiny_pipeline
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from nemo_ext.demo.captions import MEMORIZED
+from nemo_ext.demo.run import load_demo_pipeline
 from nemo_ext.errors import NemoError
+from nemo_ext.layers import value_layers
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import is_patched, patch, patched, scaled_rows, set_neurons, unpatch
+from nemo_ext.patching import ValueProjection, is_patched, patch, patched, scaled_rows, set_neurons, unpatch
 
 FIRST, SECOND, *_, MID = DOWN_AND_MID
 SOME = NeuronSet({FIRST: [0, 5], MID: [3, 30, 31]})
@@ -54,14 +57,73 @@ def with_rows_zeroed(pipe: StableDiffusionPipeline, neurons: NeuronSet) -> Stabl
 def give_value_layers_a_bias(pipe: StableDiffusionPipeline) -> None:
     for layer in DOWN_AND_MID:
         value_layer = pipe.unet.get_submodule(layer)
-        value_layer.bias = nn.Parameter(torch.randn(value_layer.out_features))
+        value_layer.bias = nn.Parameter(torch.randn(value_layer.out_features, dtype=value_layer.weight.dtype))
 
 
 class TestPatchedPipeline:
-    def test_without_neurons_gives_the_untouched_output_to_rounding(self, pipe: StableDiffusionPipeline) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_without_neurons_gives_the_untouched_output_bit_for_bit(
+        self, pipe: StableDiffusionPipeline, dtype: torch.dtype
+    ) -> None:
+        pipe.unet.to(dtype)
+        give_value_layers_a_bias(pipe)
         before = noise(pipe)
         patch(pipe)
-        torch.testing.assert_close(noise(pipe), before, rtol=1e-5, atol=1e-5)
+        assert torch.equal(noise(pipe), before)
+
+    def test_without_neurons_any_longer_gives_the_untouched_output_bit_for_bit(
+        self, pipe: StableDiffusionPipeline
+    ) -> None:
+        before = noise(pipe)
+        patch(pipe, SOME)
+        set_neurons(pipe)
+        assert torch.equal(noise(pipe), before)
+        with patched(pipe, SOME), scaled_rows(pipe, {MID: torch.zeros(2, 32)}):
+            assert not torch.equal(noise(pipe), before)
+        assert torch.equal(noise(pipe), before)
+        patch(pipe, SOME)
+        with patched(pipe):
+            assert torch.equal(noise(pipe), before)
+        patch(pipe, SOME, scale=1.0)
+        assert torch.equal(noise(pipe), before)
+
+    def test_without_neurons_is_the_untouched_layer_after_moves_too(self, pipe: StableDiffusionPipeline) -> None:
+        untouched = copy.deepcopy(pipe)
+        patch(pipe)
+        for each in (pipe, untouched):
+            each.unet.to(torch.bfloat16)
+        assert torch.equal(noise(pipe), noise(untouched))
+
+    def test_without_neurons_generates_the_untouched_images_bit_for_bit(self, pipe: StableDiffusionPipeline) -> None:
+        before = images(pipe)
+        patch(pipe)
+        assert torch.equal(images(pipe), before)
+
+    @pytest.mark.slow
+    def test_without_neurons_the_demo_model_generates_its_images_bit_for_bit(self) -> None:
+        pipe = load_demo_pipeline()
+        caption = MEMORIZED[0].caption
+
+        def generated() -> Tensor:
+            generator = torch.Generator().manual_seed(1)
+            return pipe(caption, num_inference_steps=25, generator=generator, output_type="pt").images
+
+        before = generated()
+        patch(pipe)
+        assert torch.equal(generated(), before)
+
+    def test_a_generation_projects_the_text_once(
+        self, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        projections = []
+        project = ValueProjection._project
+        monkeypatch.setattr(ValueProjection, "_project", lambda *args: projections.append(args[0]) or project(*args))
+        patch(pipe, SOME)
+        layers = len(value_layers(pipe, "all"))
+        images(pipe)
+        assert len(projections) == layers
+        images(pipe)
+        assert len(projections) == 2 * layers
 
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
