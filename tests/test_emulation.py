@@ -344,7 +344,7 @@ def project(inputs, **settings):
 SETTINGS = {
     "forward": {"multiprocessors": 132},
     "reverse": {"multiprocessors": 1, "order": "reverse"},
-    "random": {"multiprocessors": 2, "order": "random", "seed": 1},
+    "random": {"multiprocessors": 4, "order": "random", "seed": 1},
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
 every_size = pytest.mark.parametrize(
