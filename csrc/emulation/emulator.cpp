@@ -12,6 +12,7 @@
 #include <iterator>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -169,7 +170,8 @@ struct Machine {
   uint64_t random;
   std::string error;
   Fiber caller;
-  int64_t launch_end;  // stands for an order too
+  int64_t launch_end;          // stands for an order too
+  int64_t bank_conflicts = 0;  // of all launches
   // Kept until the launch ends: ThreadSanitizer would take the next block's threads for those that it
   // replaces.
   std::vector<void*> sanitizers_threads;
@@ -414,6 +416,21 @@ void multiply_warp(Thread* lanes, ToDouble to_double) {
   }
 }
 
+// The rows of a matrix are read at once where they lie in different 16 of the banks' 128 bytes.
+int64_t conflicts_of_matrices(const Thread* lanes) {
+  int64_t conflicts = 0;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    std::set<uint64_t> rows[8];
+    for (int lane = 8 * matrix; lane < 8 * matrix + 8; ++lane) {
+      rows[lanes[lane].bits / 16 % 8].insert(lanes[lane].bits);
+    }
+    size_t passes = 0;
+    for (const auto& group : rows) passes = std::max(passes, group.size());
+    conflicts += static_cast<int64_t>(passes) - 1;
+  }
+  return conflicts;
+}
+
 // What all lanes of a warp do together, once the last has come.
 void complete(Operation operation, Thread* lanes) {
   if (operation == Operation::ShuffleXor) {
@@ -421,6 +438,7 @@ void complete(Operation operation, Thread* lanes) {
     for (int lane = 0; lane < kWarpSize; ++lane) given[lane] = lanes[lane].bits;
     for (int lane = 0; lane < kWarpSize; ++lane) lanes[lane].bits = given[lane ^ lanes[lane].mask];
   } else if (operation == Operation::LoadMatrices) {
+    machine.bank_conflicts += conflicts_of_matrices(lanes);
     uint32_t rows[kWarpSize][4];
     for (int lane = 0; lane < kWarpSize; ++lane) std::copy_n(lanes[lane].words, 4, rows[lane]);
     for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -607,9 +625,14 @@ uint64_t shuffle_xor(uint64_t value, int mask, Where where) {
   return thread.bits;
 }
 
-void load_matrices(uint32_t (&words)[4], Where where) {
+int64_t bank_conflicts() {
+  return machine.bank_conflicts;
+}
+
+void load_matrices(uint32_t (&words)[4], uint32_t row_offset, Where where) {
   Thread& thread = *machine.current;
   std::copy_n(words, 4, thread.words);
+  thread.bits = row_offset;
   meet(Operation::LoadMatrices, where);
   std::copy_n(thread.words, 4, words);
 }

@@ -64,8 +64,13 @@ void sync_warp(Where where);
 // What lane (this lane ^ mask) gave.
 uint64_t shuffle_xor(uint64_t value, int mask, Where where);
 
-// `words`: the row that this lane read; then what PTX ISA, "ldmatrix", gives it of all lanes' rows.
-void load_matrices(uint32_t (&words)[4], Where where);
+// `words`: the row that this lane read at `row_offset`; then what PTX ISA, "ldmatrix", gives it of all lanes'
+// rows.
+void load_matrices(uint32_t (&words)[4], uint32_t row_offset, Where where);
+
+// How many passes over shared memory load_matrices has taken beyond one for each matrix, in all launches so
+// far: rows of a matrix that lie in the same four of the 32 banks are read one after another.
+int64_t bank_conflicts();
 
 enum class Product { BFloat16, Float16, Tf32 };
 

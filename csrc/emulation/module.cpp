@@ -101,6 +101,19 @@ void project(const std::string& element, const py::array& hidden, const py::arra
   emulation::project(p, running, multiprocessors, shape_of(shape), order_of(order), seed);
 }
 
+py::dict tile(const std::string& element, const std::string& shape) {
+  return nemo_ext::cuda::with_tile(element_of(element), *shape_of(shape), [](auto tile) {
+    using T = decltype(tile);
+    py::dict facts;
+    facts["threads"] = T::kThreads;
+    facts["rows"] = T::kRows;
+    facts["columns"] = T::kColumns;
+    facts["blocks"] = T::kBlocks;
+    facts["shared_bytes"] = T::kSharedBytes;
+    return facts;
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulation, module) {
@@ -108,6 +121,8 @@ PYBIND11_MODULE(_emulation, module) {
   module.def("run_probe", &run_probe, py::arg("name"), py::arg("input").noconvert(),
              py::arg("output").noconvert(), py::arg("blocks") = 1, py::arg("order") = "forward",
              py::arg("seed") = 0);
+  module.def("tile", &tile, py::arg("element"), py::arg("shape"));
+  module.def("bank_conflicts", &emulation::bank_conflicts);
   module.def("project", &project, py::kw_only(), py::arg("element"), py::arg("hidden"), py::arg("weight"),
              py::arg("bias") = py::none(), py::arg("scale") = py::none(), py::arg("token_mask") = py::none(),
              py::arg("gradient") = py::none(), py::arg("values") = py::none(),

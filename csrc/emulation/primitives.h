@@ -112,7 +112,7 @@ NEMO_EXT_DEVICE void copy_async_wait() {
 NEMO_EXT_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t row_offset,
                                    Where where = Where::current()) {
   copy_value<SixteenBytes>(words, emulation::checked_shared("load_matrices", row_offset, 16, 16, where));
-  emulation::load_matrices(words, where);
+  emulation::load_matrices(words, row_offset, where);
 }
 
 NEMO_EXT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,

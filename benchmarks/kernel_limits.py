@@ -1,0 +1,331 @@
+"""What can be known of the compiled CUDA kernels without a GPU: registers, spills, the main loop, and its bounds.
+
+Run `python benchmarks/kernel_limits.py [--write]`. The machine code is taken out of the installed extension, so what is
+measured is what is shipped: registers and local memory from cuobjdump, the main loop from nvdisasm, shared-memory bank
+conflicts from cuxray. Bounds follow from the tile sizes of csrc/cuda/plan.h; docs/kernels.md derives them, and
+`--write` puts the tables there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+ELEMENTS = {"f": "float32", "BFloat16": "bfloat16", "Float16": "float16"}
+SHAPES = ("wide", "medium", "narrow", "strided")
+REGISTERS = 65536  # of a multiprocessor, on every architecture here
+BATCH, TOKENS = 64, 77  # of the traffic table
+
+
+@dataclass(frozen=True)
+class Tile:
+    """csrc/cuda/plan.h, `Tile`, of one element and shape."""
+
+    element: str
+    shape: str
+
+    @property
+    def element_size(self) -> int:
+        return 4 if self.element == "float32" else 2
+
+    @property
+    def slots(self) -> int:
+        return {"wide": 4, "medium": 2}.get(self.shape, 1)
+
+    @property
+    def column_warps(self) -> int:
+        return 2 if self.slots > 1 else 4
+
+    @property
+    def warp_columns(self) -> int:
+        return 128 // self.element_size if self.slots > 1 else 16
+
+    @property
+    def blocks(self) -> int:
+        return {"wide": 1, "medium": 2}.get(self.shape, 3)
+
+    @property
+    def warps(self) -> int:
+        return self.slots * self.column_warps
+
+    @property
+    def rows(self) -> int:
+        return 80 * self.slots
+
+    @property
+    def columns(self) -> int:
+        return self.column_warps * self.warp_columns
+
+    @property
+    def register_budget(self) -> int:
+        """What lets `blocks` of them live on one multiprocessor; 255 is the most that an instruction can name."""
+        return min(255, REGISTERS // (32 * self.warps * self.blocks) // 8 * 8)
+
+    @property
+    def shared_bytes(self) -> int:
+        stages = 3 if self.shape == "wide" else 4
+        return stages * (self.rows + self.columns) * 64 + 3 * self.slots * self.columns * 4
+
+    # Of 32 bytes of in_features, which is one mma deep: what the block computes, copies in, and reads.
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.columns * 32 // self.element_size
+
+    @property
+    def copied_bytes(self) -> int:
+        return (self.rows + self.columns) * 32
+
+    @property
+    def read_bytes(self) -> int:
+        return self.warps * (80 + self.warp_columns) * 32
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Per clock and multiprocessor. Sources: docs/kernels.md."""
+
+    name: str
+    architecture: str
+    flops: dict[int, float]  # dense tensor-core operations of mma.sync by element size; float32: tf32
+    shared_bytes: float = 128
+
+
+GPUS = (
+    Gpu("A100", "sm_80", {2: 2048, 4: 1024}),
+    Gpu("H100, datasheet", "sm_90", {2: 4096, 4: 2048}),
+    Gpu("H100, mma.sync", "sm_90", {2: 4096 * 0.629, 4: 2048 * 0.629}),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: what ptxas allotted, and the instructions of the loop with the most HMMA."""
+
+    architecture: str
+    name: str
+    registers: int
+    stack: int
+    local: int
+    spills: int
+    loop: Counter[str]
+
+    @property
+    def tile(self) -> Tile | None:
+        match = re.search(r"TileI(?:f|NS0_\d+(\w+?)E)LNS0_5ShapeE(\d)", self.name)
+        return Tile(ELEMENTS[match[1] or "f"], SHAPES[int(match[2])]) if match else None
+
+
+@cache
+def tool(name: str) -> str:
+    """A CUDA tool: on the PATH, or from its PyPI package."""
+    packages = find_spec("nvidia")
+    folders = [
+        folder
+        for root in (packages.submodule_search_locations or [] if packages else [])
+        for folder in sorted(Path(root).glob("cu*/bin"))
+    ]
+    found = shutil.which(name) or next((str(folder / name) for folder in folders if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{name} was not found: pip install nvidia-cuda-{name}")
+    return found
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def machine_code(folder: Path) -> dict[str, Path]:
+    """Architecture -> its machine code, taken out of the installed extension into `folder`."""
+    extension = find_spec("nemo_ext._C")
+    if extension is None or extension.origin is None:
+        raise FileNotFoundError("nemo_ext is not installed: pip install -e . in its source tree")
+    subprocess.run([tool("cuobjdump"), "-xelf", "all", extension.origin], cwd=folder, capture_output=True, check=False)
+    found = {re.search(r"sm_\w+", file.name)[0]: file for file in sorted(folder.glob("*.cubin"))}  # type: ignore[index]
+    if not found:
+        raise FileNotFoundError(
+            "this build of nemo_ext has no CUDA kernels: install it again with NEMO_EXT_CUDA=1 and a CUDA toolkit"
+        )
+    return dict(sorted(found.items(), key=lambda item: int(item[0][3:].rstrip("af"))))
+
+
+def main_loop(instructions: list[tuple[int, str]], labels: dict[str, int]) -> Counter[str]:
+    """Opcodes of the shortest loop with the most HMMA."""
+    best: tuple[int, int] = (0, 0)
+    loop: Counter[str] = Counter()
+    for address, text in instructions:
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
+        if target is None or labels.get(target[1], address + 1) > address:
+            continue
+        inside = [opcode(other) for at, other in instructions if labels[target[1]] <= at <= address]
+        candidate = (inside.count("HMMA"), -len(inside))
+        if candidate > best:
+            best, loop = candidate, Counter(inside)
+    return loop
+
+
+def opcode(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
+
+
+def kernels_of(architecture: str, cubin: Path) -> list[Kernel]:
+    resources = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)",
+        run(tool("cuobjdump"), "--dump-resource-usage", cubin),
+    )
+    listing = run(tool("nvdisasm"), "-c", cubin)
+    bodies = {
+        match[1]: match[2] for match in re.finditer(r"^\.text\.(\w+):\n(.*?)(?=^\s*\.section|\Z)", listing, re.S | re.M)
+    }
+    kernels = []
+    for name, registers, stack, local in resources:
+        instructions, labels, address = [], {}, 0
+        for line in bodies[name].splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = address
+            elif instruction := re.match(r"\s+/\*([0-9a-f]+)\*/\s+(.*?)\s*;", line):
+                address = int(instruction[1], 16)
+                instructions.append((address, instruction[2]))
+                address += 16
+        spills = sum(opcode(text) in ("STL", "LDL") for _, text in instructions)
+        loop = main_loop(instructions, labels)
+        kernels.append(Kernel(architecture, name, int(registers), int(stack), int(local), spills, loop))
+    return kernels
+
+
+def bank_conflicts(cubin: Path, kernel: Kernel) -> dict[str, int]:
+    """Of the shared-memory accesses whose addresses cuxray can follow: the worst conflict, and how many have one."""
+    tile = kernel.tile
+    assert tile is not None
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        run(
+            Path(sys.executable).with_name("cuxray"), "report", cubin, "--kernel", kernel.name, "--fast", "--json",
+            "--threads", str(32 * tile.warps), "--smem-dynamic", str(tile.shared_bytes), "-o", report,
+            CUXRAY_NO_FETCH="1", PATH=f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}",
+        )  # fmt: skip
+        (found,) = json.loads(report.read_text())["units"][0]["kernels"]
+    access = found["access"]
+    return {
+        "ways": access["worst_bank_conflict_ways"],
+        "conflicted": access["conflicted_shared_accesses"],
+        "spills": found["spills"]["store_instructions"] + found["spills"]["load_instructions"],
+    }
+
+
+def compiled() -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = machine_code(Path(folder))
+        return [kernel for architecture, cubin in found.items() for kernel in kernels_of(architecture, cubin)]
+
+
+def cycles(tile: Tile, gpu: Gpu) -> tuple[float, float]:
+    """Of the tensor cores and of shared memory, for 32 bytes of in_features of one block."""
+    products = 3 if tile.element == "float32" else 1
+    tensor = products * tile.flops / gpu.flops[tile.element_size]
+    return tensor, (tile.copied_bytes + tile.read_bytes) / gpu.shared_bytes
+
+
+def bounds_table() -> str:
+    lines = [
+        "| tile | on | FLOP | copied, B | read, B | tensor, clocks | shared memory, clocks | bound by | L2, B/clock |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for element in ("bfloat16", "float32"):
+        for shape in SHAPES[:3]:
+            tile = Tile(element, shape)
+            for gpu in GPUS:
+                tensor, shared = cycles(tile, gpu)
+                bound = "tensor cores" if tensor >= shared else "shared memory"
+                lines.append(
+                    f"| {element} {shape}, {tile.rows} × {tile.columns} | {gpu.name} | {tile.flops:,} | "
+                    f"{tile.copied_bytes:,} | {tile.read_bytes:,} | {tensor:.0f} | {shared:.0f} | {bound} | "
+                    f"{tile.copied_bytes / max(tensor, shared):.0f} |"
+                )
+    return "\n".join(lines)
+
+
+def traffic_table() -> str:
+    """Of whole calls: the arithmetic and the least that device memory must move."""
+    lines = [
+        "| text width K | neurons N | GFLOP | with values, MB | FLOP/B | statistics only, MB | FLOP/B |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = BATCH * TOKENS
+    for in_features in (768, 1024, 2048):
+        for out_features in (320, 640, 1280, 5760):
+            flops = 2 * rows * in_features * out_features
+            read = 2 * (rows + out_features) * in_features + 4 * BATCH * out_features
+            written = 2 * rows * out_features
+            lines.append(
+                f"| {in_features} | {out_features:,} | {flops / 1e9:.1f} | {(read + written) / 1e6:.1f} | "
+                f"{flops / (read + written):.0f} | {read / 1e6:.1f} | {flops / read:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def measurements_table(kernels: list[Kernel]) -> str:
+    lines = [
+        "| architecture | kernel | registers | of | stack, B | spills | main loop: HMMA | LDSM | LDGSTS | all |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kernel in kernels:
+        tile = kernel.tile
+        name = f"{tile.element} {tile.shape}" if tile else "merge"
+        budget = tile.register_budget if tile else 64
+        loop = [str(kernel.loop[name]) for name in ("HMMA", "LDSM", "LDGSTS")] if tile else ["–"] * 3
+        total = str(kernel.loop.total()) if tile else "–"
+        lines.append(
+            f"| {kernel.architecture} | {name} | {kernel.registers} | {budget} | {kernel.stack} | {kernel.spills} | "
+            f"{' | '.join(loop)} | {total} |"
+        )
+    return "\n".join(lines)
+
+
+def nvcc_version() -> str:
+    from nemo_ext import _module
+
+    return str(_module.build_facts()["cuda"])
+
+
+def write(name: str, text: str) -> None:
+    document = DOCUMENT.read_text()
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    assert re.search(pattern, document, re.S), f"{DOCUMENT.name} has no place for {name}"
+    DOCUMENT.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", document, flags=re.S))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/kernels.md")
+    arguments = parser.parse_args()
+    kernels = compiled()
+    tables = {
+        "traffic": traffic_table(),
+        "bounds": bounds_table(),
+        "measurements": f"{nvcc_version()}\n\n{measurements_table(kernels)}",
+    }
+    for name, table in tables.items():
+        print(f"{table}\n")
+        if arguments.write:
+            write(name, table)
+
+
+if __name__ == "__main__":
+    main()
