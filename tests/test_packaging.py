@@ -356,7 +356,7 @@ def test_a_source_distribution_is_complete_and_installs_without_a_cuda_toolkit(t
     install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--verbose", "--target", site, archive]
     result = python(install, tmp_path, NEMO_EXT_CUDA="auto", NEMO_EXT_CUDA_ARCHS="", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert f"nemo_ext: CUDA kernels left out: {tmp_path}/bin/nvcc does not start" in result.stdout
+    assert f"nemo_ext: CUDA kernels left out: {tmp_path}/bin/nvcc does not start" in result.stderr
     program = "import nemo_ext.ops, torch; print(nemo_ext.ops.__file__, torch.ops.nemo_ext.value_projection)"
     result = python(["-c", program], tmp_path, PYTHONPATH=str(site))
     assert result.stdout.startswith(str(site)), result.stderr
