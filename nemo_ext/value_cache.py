@@ -75,8 +75,9 @@ def _state(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) ->
     device = "cuda" if input.is_cuda else "cpu"
     return (
         input._version,
-        *(id(weight), weight._version, weight.data_ptr()),
-        *(() if bias is None else (id(bias), bias._version, bias.data_ptr())),
+        # A parameter can be given other memory, or be another view of the same, without being another object.
+        *(id(weight), weight._version, weight.data_ptr(), weight.stride()),
+        *(() if bias is None else (id(bias), bias._version, bias.data_ptr(), bias.stride())),
         *(id(scale), scale._version),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         # Another stream may come to the values before they are there.

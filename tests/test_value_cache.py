@@ -115,20 +115,39 @@ class TestIsComputedAnewAfter:
         other = nn.Parameter(torch.randn_like(getattr(layer, name)))
         assert_computed_anew(layer, hidden, lambda: setattr(layer, name, other))
 
-    def test_a_parameter_that_has_the_id_of_a_dead_one(self, layer: ValueProjection, hidden: Tensor) -> None:
-        for _ in range(100):
-            weight = torch.randn(NEURONS, TEXT_WIDTH)
-            layer.weight = nn.Parameter(weight.clone())
-            assert torch.equal(layer(hidden), linear(hidden, weight, layer.bias))
-
     @pytest.mark.parametrize("name", ["weight", "bias"])
     def test_another_memory_of_a_parameter(self, layer: ValueProjection, hidden: Tensor, name: str) -> None:
         parameter = getattr(layer, name)
         assert_computed_anew(layer, hidden, lambda: setattr(parameter, "data", torch.randn_like(parameter)))
 
-    def test_another_memory_of_a_parameter_at_a_freed_address(self, layer: ValueProjection, hidden: Tensor) -> None:
-        for _ in range(100):
-            weight = torch.randn(NEURONS, TEXT_WIDTH)
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    def test_another_parameter_over_the_same_memory(self, layer: ValueProjection, hidden: Tensor, name: str) -> None:
+        parameter = getattr(layer, name)
+        parameter.mul_(1)  # its version is 1 or more
+
+        def change() -> None:
+            other = nn.Parameter(parameter.data)
+            for _ in range(parameter._version):
+                other.add_(1)
+            assert (other._version, other.data_ptr()) == (parameter._version, parameter.data_ptr())
+            setattr(layer, name, other)
+
+        before = layer(hidden).clone()
+        change()
+        assert not torch.equal(layer(hidden), before)
+
+    def test_another_view_of_the_same_memory(self, layer: ValueProjection) -> None:
+        layer.weight = nn.Parameter(torch.randn(NEURONS, NEURONS))
+        layer.bias = nn.Parameter(torch.randn(2 * NEURONS)[::2])
+        hidden = torch.randn(2, TOKENS, NEURONS)
+        assert_computed_anew(layer, hidden, lambda: setattr(layer.weight, "data", layer.weight.data.T))
+        adjacent = layer.bias.data.as_strided((NEURONS,), (1,))
+        assert_computed_anew(layer, hidden, lambda: setattr(layer.bias, "data", adjacent))
+
+    def test_another_memory_of_a_parameter_at_a_freed_address(self, layer: ValueProjection) -> None:
+        width = 1024  # large enough for its memory to be used again at once
+        hidden = torch.randn(2, TOKENS, width)
+        for weight in list(torch.randn(20, NEURONS, width)):
             layer.weight.data = torch.empty(0)
             layer.weight.data = weight.clone()
             assert torch.equal(layer(hidden), linear(hidden, weight, layer.bias))
@@ -170,6 +189,14 @@ class TestIsComputedAnewAfter:
             assert layer(hidden)[1].abs().max() == 0
         assert torch.equal(layer(hidden), before)
 
+    def test_rows_of_a_scale_that_have_the_id_of_dead_ones(
+        self, unet: nn.Module, layer: ValueProjection, hidden: Tensor
+    ) -> None:
+        unscaled = layer(hidden)
+        for factor in range(20):
+            with scaled_rows(unet, {LAYER: torch.full((2, NEURONS), float(factor))}):
+                torch.testing.assert_close(layer(hidden), unscaled * factor, rtol=1e-5, atol=1e-5)
+
     def test_autocast_begins_or_has_another_dtype(self, layer: ValueProjection, hidden: Tensor) -> None:
         assert layer(hidden).dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
@@ -195,6 +222,16 @@ class TestIsComputedAnewAfter:
         expected = linear(hidden, layer.weight, layer.bias) * 2
         for _ in range(3):
             torch.testing.assert_close(layer(hidden), expected)
+
+    @pytest.mark.leg("cuda")
+    def test_another_cuda_stream(self, device: torch.device, unet: nn.Module, layer: ValueProjection) -> None:
+        unet.to(device)
+        hidden = torch.randn(2, TOKENS, TEXT_WIDTH, device=device)
+        first = layer(hidden)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            assert layer(hidden) is not first
 
     def test_a_change_while_the_values_are_computed(self, hidden: Tensor) -> None:
         """As another thread may make one: the values may be of before or after it, and aren't given again."""
@@ -265,15 +302,23 @@ class TestIsNeverKept:
         with torch.no_grad():
             assert layer(special) is not layer(special)
 
-    def test_for_weights_given_by_functional_call(self, layer: ValueProjection, hidden: Tensor) -> None:
-        weights = torch.randn(3, NEURONS, TEXT_WIDTH)
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    def test_for_parameters_given_by_functional_call(self, layer: ValueProjection, hidden: Tensor, name: str) -> None:
+        several = torch.randn(3, *getattr(layer, name).shape)
 
-        def twice(weight: Tensor) -> Tensor:
-            return sum(torch.func.functional_call(layer, {"weight": weight}, (hidden,)) for _ in range(2))
+        def twice(parameter: Tensor) -> Tensor:
+            return sum(torch.func.functional_call(layer, {name: parameter}, (hidden,)) for _ in range(2))
 
         with torch.no_grad():
-            expected = torch.stack([2 * linear(hidden, weight, layer.bias) for weight in weights])
-            torch.testing.assert_close(torch.vmap(twice)(weights), expected)
+            operands = {"weight": layer.weight, "bias": layer.bias}
+            expected = torch.stack([2 * linear(hidden, **(operands | {name: parameter})) for parameter in several])
+            torch.testing.assert_close(torch.vmap(twice)(several), expected)
+
+    def test_for_a_batch_that_vmap_makes(self, layer: ValueProjection) -> None:
+        batches = torch.randn(3, 2, TOKENS, TEXT_WIDTH)
+        with torch.no_grad():
+            twice = torch.vmap(lambda hidden: layer(hidden) + layer(hidden))(batches)
+            torch.testing.assert_close(twice, 2 * linear(batches, layer.weight, layer.bias))
 
     def test_on_the_meta_device(self, layer: ValueProjection, hidden: Tensor) -> None:
         layer.to("meta")
@@ -322,18 +367,6 @@ class TestRecordedCalls:
         graph.replay()
         torch.testing.assert_close(values, layer(other))
 
-    @pytest.mark.leg("cuda")
-    def test_another_stream_computes_its_own(
-        self, device: torch.device, unet: nn.Module, layer: ValueProjection
-    ) -> None:
-        unet.to(device)
-        hidden = torch.randn(2, TOKENS, TEXT_WIDTH, device=device)
-        first = layer(hidden)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            assert layer(hidden) is not first
-
 
 @pytest.mark.usefixtures("no_grad")
 class TestMemory:
@@ -353,14 +386,14 @@ class TestMemory:
         values = [weakref.ref(layer(hidden)) for hidden in embeddings]
         assert [one() is not None for one in values] == [False, False, True]
 
-    def test_a_layer_goes_when_nobody_has_it(self, hidden: Tensor) -> None:
+    def test_a_layer_goes_with_all_it_has_when_nobody_has_it(self, hidden: Tensor) -> None:
         unet = patched_unet()
-        unet.get_submodule(LAYER)(hidden)
-        layer = weakref.ref(unet.get_submodule(LAYER))
+        layer = unet.get_submodule(LAYER)
+        parts = [weakref.ref(part) for part in (layer, layer.weight, layer(hidden))]
         gc.disable()
         try:
-            del unet
-            assert layer() is None
+            del unet, layer
+            assert [part() for part in parts] == [None, None, None]
         finally:
             gc.enable()
 
