@@ -342,7 +342,8 @@ def project(inputs, **settings):
 
 def widest_shape(case):
     """The largest tile that can load such rows, which the plan leaves to calls larger than a test's."""
-    aligned = case.layout in ("contiguous", "expanded") and case.in_features * case.dtype.itemsize % 16 == 0
+    row_bytes = case.in_features * case.dtype.itemsize
+    aligned = case.layout in ("contiguous", "expanded") and row_bytes > 0 and row_bytes % 16 == 0
     return "wide" if aligned else "strided"
 
 
