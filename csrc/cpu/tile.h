@@ -19,7 +19,7 @@ struct Variant {
   // Copies weight rows [panel · panel_width, + panel_width) into `packed`, zeros where there is no row.
   void (*pack)(const Projection&, int64_t panel, float* packed);
 
-  // Values and activation of one prompt for the neurons of panels [begin, end); `packed` is of panel 0.
+  // Values and activation of one prompt for the neurons of panels [begin, end); `packed` is of `begin`.
   void (*project)(const Projection&, const float* packed, int64_t prompt, int64_t begin, int64_t end,
                   float* scratch);
 };

@@ -18,12 +18,18 @@ constexpr int kBlock = 256;  // terms that are added up before they join the tot
 
 typedef float Vector __attribute__((vector_size(4 * NEMO_EXT_LANES)));
 typedef float UnalignedVector __attribute__((vector_size(4 * NEMO_EXT_LANES), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * NEMO_EXT_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * NEMO_EXT_LANES)));
+typedef Halves UnalignedHalves __attribute__((aligned(2)));
 
 inline Vector load(const float* source) {
   return *reinterpret_cast<const UnalignedVector*>(source);
 }
 inline void store(float* target, Vector vector) {
   *reinterpret_cast<UnalignedVector*>(target) = vector;
+}
+inline void store(uint16_t* target, Halves halves) {
+  *reinterpret_cast<UnalignedHalves*>(target) = halves;
 }
 
 // A unit is what one lane takes in one step: a float, or a pair of bfloat16 where the CPU has their dot
@@ -105,29 +111,37 @@ inline float to_float(uint16_t bfloat16) {
   return value;
 }
 
-// Round to nearest even; a NaN stays one.
-inline uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
-
 #if defined(NEMO_EXT_F16C)
 inline float half_to_float(uint16_t half) {
   return _cvtsh_ss(half);
 }
-inline uint16_t to_half(float value) {
-  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+inline Halves to_halves(Vector values) {
+#if NEMO_EXT_LANES == 16
+  // With a mask, because g++ 12 takes what its header leaves undefined for an oversight.
+  return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)values, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+#endif
 }
 #else
 inline float half_to_float(uint16_t half) {
   return c10::detail::fp16_ieee_to_fp32_value(half);
 }
-inline uint16_t to_half(float value) {
-  return c10::detail::fp16_ieee_from_fp32_value(value);
+inline Halves to_halves(Vector values) {
+  Halves halves;
+  for (int lane = 0; lane < kLanes; ++lane)
+    halves[lane] = c10::detail::fp16_ieee_from_fp32_value(values[lane]);
+  return halves;
 }
 #endif
+
+// Round to nearest even; a NaN stays one.
+inline Halves to_bfloat16(Vector values) {
+  const Bits bits = (Bits)values;
+  const Bits nan = (Bits)(values != values);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+}
 
 // Copies `count` elements that lie `stride` apart, as units; the odd half of a last pair is 0.
 inline void copy_units(const Projection& p, const void* source, int64_t stride, int64_t count,
@@ -212,81 +226,54 @@ void pack(const Projection& p, int64_t panel, float* packed) {
   }
 }
 
+// Adds the products of `steps` units of Rows tokens with those of a panel to `total`.
 template <int Rows, bool Pairs>
 void multiply(const float* hidden, int64_t row_stride, const float* panel, int64_t steps,
               float (*total)[kWidth]) {
-  for (int row = 0; row < Rows; ++row) {
-    store(total[row], Vector{});
-    store(total[row] + kLanes, Vector{});
-  }
-  for (int64_t begin = 0; begin < steps; begin += kBlock) {
-    const int64_t end = steps - begin < kBlock ? steps : begin + kBlock;
-    Vector sum[Rows][2] = {};
+  Vector sum[Rows][2] = {};
 #pragma GCC unroll 4
-    for (int64_t k = begin; k < end; ++k) {
-      const Vector left = load(panel + k * kWidth);
-      const Vector right = load(panel + k * kWidth + kLanes);
-#pragma GCC unroll 16
-      for (int row = 0; row < Rows; ++row) {
-        const Vector unit = broadcast(hidden[row * row_stride + k]);
-        multiply_add<Pairs>(sum[row][0], unit, left);
-        multiply_add<Pairs>(sum[row][1], unit, right);
-      }
-    }
+  for (int64_t k = 0; k < steps; ++k) {
+    const Vector left = load(panel + k * kWidth);
+    const Vector right = load(panel + k * kWidth + kLanes);
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; ++row) {
-      store(total[row], load(total[row]) + sum[row][0]);
-      store(total[row] + kLanes, load(total[row] + kLanes) + sum[row][1]);
+      const Vector unit = broadcast(hidden[row * row_stride + k]);
+      multiply_add<Pairs>(sum[row][0], unit, left);
+      multiply_add<Pairs>(sum[row][1], unit, right);
     }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < Rows; ++row) {
+    store(total[row], load(total[row]) + sum[row][0]);
+    store(total[row] + kLanes, load(total[row] + kLanes) + sum[row][1]);
   }
 }
 
 using Multiply = void (*)(const float*, int64_t, const float*, int64_t, float (*)[kWidth]);
 
-template <bool Pairs>
+template <bool Pairs, int Rows = kRows>
 Multiply multiply_for(int64_t rows) {
-  switch (rows) {
-    case 1:
-      return multiply<1, Pairs>;
-    case 2:
-      return multiply<2, Pairs>;
-    case 3:
-      return multiply<3, Pairs>;
-    case 4:
-      return multiply<4, Pairs>;
-    case 5:
-      return multiply<5, Pairs>;
-    case 6:
-      return multiply<6, Pairs>;
-#if NEMO_EXT_ROWS > 6
-    case 7:
-      return multiply<7, Pairs>;
-    case 8:
-      return multiply<8, Pairs>;
-    case 9:
-      return multiply<9, Pairs>;
-    case 10:
-      return multiply<10, Pairs>;
-    case 11:
-      return multiply<11, Pairs>;
-#endif
-    default:
-      return nullptr;
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return multiply_for<Pairs, Rows - 1>(rows);
   }
+  return multiply<Rows, Pairs>;
 }
 
-// Writes `count` values of one token, rounded once to the type of hidden.
-inline void write_values(const Projection& p, int64_t first, const float* values, int64_t count) {
+// Writes the first `count` values of one token, rounded once to the type of hidden.
+inline void write_values(const Projection& p, int64_t first, Vector left, Vector right, int64_t count) {
+  void* const target = const_cast<void*>(offset(p, p.values, first));
+  float buffer[kWidth];
+  void* const row = count == kWidth ? target : buffer;
   if (p.element == Element::Float32) {
-    auto* target = static_cast<float*>(p.values) + first;
-    for (int64_t i = 0; i < count; ++i) target[i] = values[i];
-  } else if (p.element == Element::BFloat16) {
-    auto* target = static_cast<uint16_t*>(p.values) + first;
-    for (int64_t i = 0; i < count; ++i) target[i] = to_bfloat16(values[i]);
+    store(static_cast<float*>(row), left);
+    store(static_cast<float*>(row) + kLanes, right);
   } else {
-    auto* target = static_cast<uint16_t*>(p.values) + first;
-    for (int64_t i = 0; i < count; ++i) target[i] = to_half(values[i]);
+    const bool bfloat16 = p.element == Element::BFloat16;
+    auto* halves = static_cast<uint16_t*>(row);
+    store(halves, bfloat16 ? to_bfloat16(left) : to_halves(left));
+    store(halves + kLanes, bfloat16 ? to_bfloat16(right) : to_halves(right));
   }
+  if (row != target) __builtin_memcpy(target, buffer, count * (p.element == Element::Float32 ? 4 : 2));
 }
 
 // The other way round: `count` elements of the gradient of one token.
@@ -303,16 +290,45 @@ inline void read_gradient(const Projection& p, int64_t first, int64_t count, flo
   }
 }
 
-void project(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end,
-             float* scratch) {
+// Bias, sums over tokens and values of `rows` tokens, of which `token` is the first, once they are
+// multiplied. Adds to `sum`.
+inline void finish(const Projection& p, int64_t token, int64_t rows, int64_t first, int64_t count,
+                   const float (*total)[kWidth], const float* bias, const float* scale, float* sum) {
+  const Vector bias_left = load(bias), bias_right = load(bias + kLanes);
+  const Vector scale_left = load(scale), scale_right = load(scale + kLanes);
+  const Bits magnitude = Bits{} + 0x7fffffff;
+  Vector part_left = {}, part_right = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t index = token + row;
+    const Vector left = load(total[row]) + bias_left, right = load(total[row] + kLanes) + bias_right;
+    if (p.activation && (!p.token_mask || p.token_mask[index])) {
+      part_left += (Vector)((Bits)left & magnitude);
+      part_right += (Vector)((Bits)right & magnitude);
+    }
+    if (p.scale_gradient) {
+      float gradient[kWidth] = {};
+      read_gradient(p, index * p.out_features + first, count, gradient);
+      part_left += left * load(gradient);
+      part_right += right * load(gradient + kLanes);
+    }
+    if (p.values) {
+      write_values(p, index * p.out_features + first, left * scale_left, right * scale_right, count);
+    }
+  }
+  store(sum, load(sum) + part_left);
+  store(sum + kLanes, load(sum + kLanes) + part_right);
+}
+
+template <bool Pairs>
+void project_units(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end,
+                   float* scratch) {
   const bool in_place = reads_in_place(p);
   float* const sums = p.activation ? p.activation : p.scale_gradient;  // over tokens, per prompt and neuron
-  const int64_t per_unit = in_pairs(p) ? 2 : 1;
   for (int64_t block = 0; block < p.tokens; block += kTokens) {
     const int64_t tokens = p.tokens - block < kTokens ? p.tokens - block : kTokens;
     const void* source = offset(p, p.hidden, prompt * p.hidden_strides[0] + block * p.hidden_strides[1]);
     const float* hidden = static_cast<const float*>(source);
-    int64_t row_stride = p.hidden_strides[1] / per_unit;
+    int64_t row_stride = p.hidden_strides[1] / (Pairs ? 2 : 1);
     if (!in_place) {
       row_stride = units(p);
       hidden = scratch;
@@ -322,39 +338,29 @@ void project(const Projection& p, const float* packed, int64_t prompt, int64_t b
       }
     }
     for (int64_t panel = begin; panel < end; ++panel) {
+      const float* const weight = packed + (panel - begin) * panel_size(p);
       const int64_t first = panel * kWidth;
       const int64_t count = p.out_features - first < kWidth ? p.out_features - first : kWidth;
-      float bias[kWidth] = {}, scale[kWidth] = {}, sum[kWidth] = {};
+      float bias[kWidth] = {}, scale[kWidth] = {}, sum[kWidth] = {}, total[kTokens][kWidth];
       for (int64_t i = 0; i < count; ++i) {
         bias[i] = p.bias ? p.bias[first + i] : 0;
         scale[i] = p.scale ? p.scale[prompt * p.scale_batch_stride + first + i] : 1;
         sum[i] = sums && block ? sums[prompt * p.out_features + first + i] : 0;
       }
-      for (int64_t token = 0; token < tokens; token += kRows) {
-        const int64_t rows = tokens - token < kRows ? tokens - token : kRows;
-        float tile[kRows][kWidth], part[kWidth] = {};
-        const auto multiply_rows =
-            in_pairs(p) ? multiply_for<NEMO_EXT_PAIRS>(rows) : multiply_for<false>(rows);
-        multiply_rows(hidden + token * row_stride, row_stride, packed + panel * panel_size(p), units(p),
-                      tile);
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t index = prompt * p.tokens + block + token + row;
-          for (int i = 0; i < kWidth; ++i) tile[row][i] += bias[i];
-          if (p.activation && (!p.token_mask || p.token_mask[index])) {
-            for (int i = 0; i < kWidth; ++i) part[i] += __builtin_fabsf(tile[row][i]);
-          }
-          if (p.scale_gradient) {
-            float gradient[kWidth] = {};
-            read_gradient(p, index * p.out_features + first, count, gradient);
-            for (int i = 0; i < kWidth; ++i) part[i] += tile[row][i] * gradient[i];
-          }
-          if (p.values) {
-            for (int i = 0; i < kWidth; ++i) tile[row][i] *= scale[i];
-            write_values(p, index * p.out_features + first, tile[row], count);
+      __builtin_memset(total, 0, sizeof total);
+      int64_t k = 0;
+      do {
+        const int64_t steps = units(p) - k < kBlock ? units(p) - k : kBlock;
+        for (int64_t token = 0; token < tokens; token += kRows) {
+          const int64_t rows = tokens - token < kRows ? tokens - token : kRows;
+          multiply_for<Pairs>(rows)(hidden + token * row_stride + k, row_stride, weight + k * kWidth, steps,
+                                    total + token);
+          if (k + steps == units(p)) {
+            finish(p, prompt * p.tokens + block + token, rows, first, count, total + token, bias, scale, sum);
           }
         }
-        for (int i = 0; i < kWidth; ++i) sum[i] += part[i];
-      }
+        k += steps;
+      } while (k < units(p));
       if (sums) {
         for (int64_t i = 0; i < count; ++i) sums[prompt * p.out_features + first + i] = sum[i];
       }
@@ -368,6 +374,15 @@ void project(const Projection& p, const float* packed, int64_t prompt, int64_t b
     }
     const int64_t last = end * kWidth < p.out_features ? end * kWidth : p.out_features;
     for (int64_t i = begin * kWidth; i < last; ++i) p.activation[prompt * p.out_features + i] /= counted;
+  }
+}
+
+void project(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end,
+             float* scratch) {
+  if (in_pairs(p)) {
+    project_units<NEMO_EXT_PAIRS>(p, packed, prompt, begin, end, scratch);
+  } else {
+    project_units<false>(p, packed, prompt, begin, end, scratch);
   }
 }
 

@@ -4,9 +4,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -39,46 +40,60 @@ const Variant& variant() {
 }
 
 // Memory that a thread keeps from call to call: fresh pages would cost more than a small projection does. It
-// grows to the largest weight seen, and is uninitialized.
+// starts at a cache line, and is uninitialized.
 struct Workspace {
-  std::unique_ptr<float[]> memory;
+  static constexpr std::align_val_t kAlignment{64};
+
+  float* memory = nullptr;
   int64_t size = 0;
+
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  ~Workspace() { ::operator delete[](memory, kAlignment); }
 
   float* at_least(int64_t floats) {
     if (floats > size) {
-      memory.reset();
+      ::operator delete[](memory, kAlignment);
+      memory = nullptr;
       size = 0;
-      memory.reset(new float[floats]);
+      memory = static_cast<float*>(::operator new[](floats * sizeof(float), kAlignment));
       size = floats;
     }
-    return memory.get();
+    return memory;
   }
 };
 
-// The packed weight belongs to the calling thread, the copy of a block of hidden to each worker.
-thread_local Workspace packed_weight;
-thread_local Workspace hidden_block;
+thread_local Workspace workspace;
+
+// Floats of packed weight that stay in a core's L2 cache while all prompts pass by.
+constexpr int64_t kPackedSize = 512 * 1024 / sizeof(float);
 
 void run(const Projection& p) {
   if (p.batch == 0 || p.tokens == 0 || p.out_features == 0) return;
   const Variant& kernels = variant();
   const int64_t panels = (p.out_features + kernels.panel_width - 1) / kernels.panel_width;
   const int64_t panel_size = kernels.panel_size(p);
-  float* packed = packed_weight.at_least(panels * panel_size);
-  parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) kernels.pack(p, panel, packed + panel * panel_size);
-  });
 
-  // Few prompts are cut into groups of panels so that every thread gets work; how they are cut changes no
-  // result.
+  // Every piece of work packs a group of panels and multiplies a part of the prompts with it. Several threads
+  // get smaller groups, and parts where these do not suffice; how the work is cut changes no result.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = threads == 1 ? 1 : (4 * threads + p.batch - 1) / p.batch;
-  const int64_t groups = wanted < panels ? wanted : panels;
-  parallel_for(0, p.batch * groups, 1, [&](int64_t begin, int64_t end) {
-    float* scratch = hidden_block.at_least(kernels.scratch_size(p));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t prompt = item / groups, group = item % groups;
-      kernels.project(p, packed, prompt, group * panels / groups, (group + 1) * panels / groups, scratch);
+  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
+  const int64_t fitting = std::max<int64_t>(1, kPackedSize / std::max<int64_t>(1, panel_size));
+  const int64_t groups = std::min(panels, std::max(wanted, (panels + fitting - 1) / fitting));
+  const int64_t parts = std::min(p.batch, (wanted + groups - 1) / groups);
+  const int64_t largest_group = (panels + groups - 1) / groups;
+  parallel_for(0, groups * parts, 1, [&](int64_t first_piece, int64_t last_piece) {
+    float* packed = workspace.at_least(largest_group * panel_size + kernels.scratch_size(p));
+    float* scratch = packed + largest_group * panel_size;
+    for (int64_t piece = first_piece; piece < last_piece; ++piece) {
+      const int64_t group = piece / parts, part = piece % parts;
+      const int64_t begin = group * panels / groups, end = (group + 1) * panels / groups;
+      for (int64_t panel = begin; panel < end; ++panel) {
+        kernels.pack(p, panel, packed + (panel - begin) * panel_size);
+      }
+      for (int64_t prompt = part * p.batch / parts; prompt < (part + 1) * p.batch / parts; ++prompt) {
+        kernels.project(p, packed, prompt, begin, end, scratch);
+      }
     }
   });
 }
