@@ -13,10 +13,17 @@ from diffusers import StableDiffusionPipeline
 from tiny_pipeline import DOWN_AND_MID, TEXT_WIDTH, TOKENS, tiny_pipeline
 
 from nemo_ext import ops
+from nemo_ext.demo.run import load_demo_pipeline
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import ValueStack, value_layers
 from nemo_ext.patching import patched
-from nemo_ext.statistics import ActivationStatistics, collect_statistics, encode_prompts, prompt_activations
+from nemo_ext.statistics import (
+    ActivationStatistics,
+    _OwnLinear,
+    collect_statistics,
+    encode_prompts,
+    prompt_activations,
+)
 
 FIRST, SECOND, *_, MID = DOWN_AND_MID
 PROMPTS = tuple(f"{colour} {thing}" for colour in ("red", "blue", "green") for thing in ("cat", "dog", "boat"))
@@ -69,6 +76,20 @@ class TestCollect:
         with patched(pipe, {MID: [0, 1]}):
             assert collect_statistics(pipe, PROMPTS).digest() == statistics.digest()
 
+    def test_every_modules_own_mode_comes_back(self, pipe: StableDiffusionPipeline) -> None:
+        pipe.text_encoder.train()
+        try:
+            collect_statistics(pipe, PROMPTS)
+            assert all(module.training for module in pipe.text_encoder.modules())
+            assert not pipe.unet.training
+        finally:
+            pipe.text_encoder.eval()
+
+    def test_warns_of_what_is_cut_off_where_it_is_called(self, pipe: StableDiffusionPipeline) -> None:
+        with pytest.warns(UserWarning, match=f"cut to {TOKENS} tokens: 'a+'$") as caught:
+            collect_statistics(pipe, ["short", "a" * TOKENS])
+        assert caught[0].filename == __file__
+
     def test_layers_are_a_choice(self, pipe: StableDiffusionPipeline) -> None:
         assert collect_statistics(pipe, PROMPTS, layers=[MID, FIRST]).layers == (FIRST, MID)
 
@@ -83,6 +104,71 @@ class TestCollect:
     def test_refuses_too_few_or_no_texts(self, pipe: StableDiffusionPipeline, prompts: list[str], said: str) -> None:
         with pytest.raises(NemoError, match=said):
             collect_statistics(pipe, prompts)
+
+
+class TestOwnLinear:
+    """`collect_statistics` encodes text with the operator in place of PyTorch's linear layers."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+        """The weights that the operator was called with."""
+        weights: list[torch.Tensor] = []
+        original = ops.value_projection
+
+        def counted(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
+            weights.append(weight)
+            return original(hidden, weight, *others)
+
+        monkeypatch.setattr(ops, "value_projection", counted)
+        return weights
+
+    def test_runs_every_linear_layer_of_the_text_encoder(
+        self, pipe: StableDiffusionPipeline, calls: list[torch.Tensor]
+    ) -> None:
+        collect_statistics(pipe, PROMPTS)
+        linears = [module for module in pipe.text_encoder.modules() if isinstance(module, torch.nn.Linear)]
+        assert linears
+        assert {id(weight) for weight in calls} == {id(module.weight) for module in linears}
+
+    def test_is_as_exact_as_pytorchs(self, calls: list[torch.Tensor]) -> None:
+        demo = load_demo_pipeline()
+        tokens = demo.tokenizer(["a red cat on the moon", "nine boats"], padding="max_length", return_tensors="pt")
+        with torch.no_grad():
+            theirs = demo.text_encoder(tokens.input_ids)[0]
+            assert not calls
+            with _OwnLinear():
+                ours = demo.text_encoder(tokens.input_ids)[0]
+            assert calls
+            exact = demo.text_encoder.double()(tokens.input_ids)[0]
+        rounding = torch.finfo(torch.float32).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding
+
+    def test_leaves_weights_that_are_no_plain_tensors_to_pytorch(self, calls: list[torch.Tensor]) -> None:
+        class Quantized(torch.Tensor):
+            pass
+
+        linear = torch.nn.Linear(4, 3)
+        linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantized))
+        with _OwnLinear():
+            linear(torch.zeros(2, 4))
+        assert not calls
+
+    def test_leaves_float64_to_pytorch(self, calls: list[torch.Tensor]) -> None:
+        exact = tiny_pipeline()
+        exact.text_encoder.double()
+        assert collect_statistics(exact, PROMPTS).count == len(PROMPTS)
+        assert not calls
+
+    def test_padding_has_its_part_in_every_activation(self, pipe: StableDiffusionPipeline) -> None:
+        """So encoding the words alone, which are a fraction of the tokens, would give other statistics."""
+        one, other = encode_prompts(pipe, ["red cat", "red dog"])
+        words = pipe.tokenizer("red cat", return_tensors="pt").input_ids.shape[1]
+        assert words < TOKENS
+        assert not torch.allclose(one[words:], other[words:], rtol=1e-3)
+        weight = value_layers(pipe)[FIRST].weight
+        of_all = (one @ weight.T).abs().mean(0)
+        torch.testing.assert_close(prompt_activations(pipe, ["red cat"])[FIRST][0], of_all.detach())
+        assert not torch.allclose((one[:words] @ weight.T).abs().mean(0), of_all, rtol=1e-2)
 
 
 class TestUpdate:
