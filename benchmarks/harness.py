@@ -1,6 +1,8 @@
 """What all benchmarks share: command line, timing in turns, memory, one CSV and plot, comparing with an older run.
 
-A benchmark is a script `bench_NAME.py` in this folder:
+A benchmark is a script `bench_NAME.py` in this folder, where Python finds this file when it runs the script:
+
+    from harness import Panel, Run, alternate, measured, parser
 
     run = Run("bench_name", parser(__doc__), keys=("what", "prompts"), shown=("median_ms", "over_loop"))
     for prompts in (10,) if run.quick else (10, 100, 1000):
