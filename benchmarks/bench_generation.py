@@ -1,0 +1,171 @@
+"""A generation of 25 steps: untouched, patched, with neurons switched off, and with hooks that zero the same neurons.
+
+Run `python benchmarks/bench_generation.py [--device cpu|cuda] [--quick] [--threads N] [--out DIR]`. Verified first: the
+patched pipeline's result is the untouched one's bit for bit, and neurons off give what hooks give. Then all take turns;
+`untouched again` is the same as `untouched`, so that its ratio is noise alone. The scope `value layers` is what of a
+generation patching can change at all, by itself: of the whole it is often too little to be told from noise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from benchmarks.harness import Panel, Run, alternate, measured, parser
+from nemo_ext.demo.captions import MEMORIZED
+from nemo_ext.demo.run import GUIDANCE, STEPS, load_demo_pipeline
+from nemo_ext.layers import value_layers
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.patching import patch
+
+OFF_PER_LAYER = 4
+CLIP_TOKENS, CLIP_WIDTH = 77, 768
+
+
+class Model(NamedTuple):
+    pipe: StableDiffusionPipeline
+    tokens: int
+    #: Images at once -> what the pipeline is called with.
+    arguments: Callable[[int], dict[str, Any]]
+    images: tuple[int, ...]
+    #: Of generations; a round is one of each side.
+    rounds: int
+
+
+def demo(device: str) -> Model:
+    """The bundled model from caption to picture."""
+    caption = MEMORIZED[0].caption
+    pipe = load_demo_pipeline().to(device)
+    return Model(pipe, pipe.tokenizer.model_max_length, lambda images: {"prompt": [caption] * images}, (1, 4), 15)
+
+
+def quarter(device: str) -> Model:
+    """Stable Diffusion 1's U-Net at a quarter of its width, on 32x32 latents, with random weights and texts.
+
+    Values are 2.7 % of its work, fifteen times the share that they have at full width and 64x64.
+    """
+    unet = UNet2DConditionModel(
+        sample_size=32, block_out_channels=(80, 160, 320, 320), cross_attention_dim=CLIP_WIDTH, norm_num_groups=16
+    )
+    texts = torch.randn(2, 1, CLIP_TOKENS, CLIP_WIDTH, device=device)
+    return Model(
+        with_unet(load_demo_pipeline(), unet.eval()).to(device),
+        CLIP_TOKENS,
+        lambda images: {
+            "prompt_embeds": texts[0].expand(images, -1, -1),
+            "negative_prompt_embeds": texts[1].expand(images, -1, -1),
+            "output_type": "latent",
+        },
+        (1,),
+        5,
+    )
+
+
+def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    other = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def twin(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A pipeline with modules of its own over the very same weights: no side has a better place in memory."""
+    return with_unet(pipe, copy.deepcopy(pipe.unet, {id(weight): weight for weight in pipe.unet.parameters()}))
+
+
+def sides(pipe: StableDiffusionPipeline) -> dict[str, StableDiffusionPipeline]:
+    layers = value_layers(pipe, "all")
+    neurons = NeuronSet({layer: range(OFF_PER_LAYER) for layer in layers})
+    pipes = {name: twin(pipe) for name in ("untouched", "untouched again", "patched", "off", "hooks")}
+    patch(pipes["patched"])
+    patch(pipes["off"], neurons)
+    for layer, module in value_layers(pipes["hooks"], "all").items():
+        module.register_forward_hook(zeroing(torch.tensor(neurons[layer], device=module.weight.device)))
+    return pipes
+
+
+def zeroing(indices: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A hook that switches neurons off as cheaply as a hook can."""
+
+    def hook(module: nn.Module, inputs: Any, values: Tensor) -> None:
+        values.index_fill_(-1, indices, 0)
+
+    return hook
+
+
+def verify(results: dict[str, Tensor]) -> None:
+    assert torch.equal(results["untouched"], results["untouched again"]), "a generation differs from run to run"
+    assert torch.equal(results["patched"], results["untouched"]), "patching alone has changed the result"
+    # Rounding goes through all the steps; neurons that are off must do much more than that.
+    error = (results["off"] - results["hooks"]).abs().max()
+    effect = (results["off"] - results["untouched"]).abs().max()
+    assert error < effect / 20, f"neurons off and hooks differ by {error:.2g}, both from untouched by {effect:.2g}"
+
+
+def generation(model: Model, images: int, steps: int) -> Callable[[StableDiffusionPipeline], Tensor]:
+    def run(pipe: StableDiffusionPipeline) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
+        options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
+        result: Tensor = pipe(**options | model.arguments(images), generator=generators).images
+        return result
+
+    return run
+
+
+def projections(model: Model, images: int, steps: int) -> Callable[[StableDiffusionPipeline], Tensor]:
+    """What a generation asks of the value layers: the same text, with and without the prompt, at every step."""
+    width = model.pipe.unet.config.cross_attention_dim
+    texts = torch.randn(2 * images, model.tokens, width, device=model.pipe.device)
+
+    @torch.no_grad()
+    def run(pipe: StableDiffusionPipeline) -> Tensor:
+        layers, text = value_layers(pipe, "all").values(), texts.clone()
+        for _ in range(steps):
+            values = [layer(text) for layer in layers]
+        return torch.cat(values, dim=-1)
+
+    return run
+
+
+def main() -> None:
+    run = Run(
+        "bench_generation",
+        parser(__doc__),
+        keys=("model", "images", "steps", "scope", "what"),
+        shown=("calls", "median_ms", "over_untouched", "over_untouched_low", "over_untouched_high", "over_hooks"),
+    )
+    steps = 5 if run.quick else STEPS
+    for make in (demo,) if run.quick else (demo, quarter):
+        model = make(run.device)
+        pipes = sides(model.pipe)
+        for images in model.images[:1] if run.quick else model.images:
+            for scope, of, rounds in (
+                ("generation", generation(model, images, steps), 5 if run.quick else model.rounds),
+                ("value layers", projections(model, images, steps), 50),
+            ):
+                calls = {name: partial(of, pipe) for name, pipe in pipes.items()}
+                times = alternate(calls, device=run.device, verify=verify, rounds=rounds)
+                keys = {"model": make.__name__, "images": images, "steps": steps, "scope": scope}
+                for what, row in measured(times, baselines=["untouched", "hooks"]).items():
+                    run.add({**keys, "what": what, **row})
+    panels = dict.fromkeys((row["model"], row["scope"]) for row in run.rows)
+    run.finish(
+        [
+            Panel(
+                f"{model}, {scope}: untouched / this",
+                [row for row in run.rows if (row["model"], row["scope"]) == (model, scope)],
+                "images",
+                "over_untouched",
+            )
+            for model, scope in panels
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
