@@ -154,6 +154,48 @@ def test_a_non_finite_input_shows_in_its_own_values_only(dtype, device):
     assert values[1, [0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("spoilt", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_switching_neurons_off_hides_no_infinity(value, spoilt, dtype, device):
+    """One neuron alone, and so many that nothing else would have to be multiplied."""
+    inputs = {"hidden": torch.randn(2, 5, 17), "weight": torch.randn(70, 17), "bias": torch.randn(70)}
+    finite = torch.ones(2, 5, 70, dtype=torch.bool)
+    finite[{"hidden": (1, 4), "weight": (..., 40), "bias": (..., 40)}[spoilt]] = False
+    inputs[spoilt][{"hidden": (1, 4, 16), "weight": (40, 16), "bias": (40,)}[spoilt]] = value
+    inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+    for off in ([40], slice(None)):
+        scale = torch.ones(70, device=device)
+        scale[off] = 0
+        values = ops.value_projection(**inputs, scale=scale).cpu()
+        assert torch.equal(values.isfinite(), finite)
+        assert not values[..., off][finite[..., off]].any()
+
+
+@pytest.mark.leg("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neurons_that_are_off_together_are_not_multiplied(dtype, device):
+    """Seen by what is too large for float32: multiplied it would be infinite, and times 0 no number."""
+    hidden = torch.full((2, 3, 17), 1e30, device=device).to(dtype)
+    weight = torch.full((70, 17), 1e30, device=device).to(dtype)
+    scale = torch.zeros(2, 70, device=device)
+    scale[1, 0] = 1
+    values = ops.value_projection(hidden, weight, scale=scale)
+    assert not values[0].any()
+    assert values[1, :, 0].isposinf().all()
+    assert not values[1, :, 32:].any()
+
+
+@pytest.mark.leg("cpu")
+@pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
+def test_a_value_switched_off_has_no_sign(dtype, device):
+    """Multiplied or not, the bits are the same."""
+    hidden, weight = (torch.randn(shape, dtype=dtype, device=device) for shape in ((2, 5, 17), (70, 17)))
+    scale = torch.zeros(70, device=device)
+    scale[0] = 1
+    assert not ops.value_projection(hidden, weight, scale=scale)[..., 1:].signbit().any()
+
+
 def test_values_too_large_for_half_precision_become_infinite(device):
     hidden, weight = (torch.full(shape, 200, dtype=torch.float16, device=device) for shape in ((1, 1, 4), (1, 4)))
     assert ops.value_projection(hidden, weight).isposinf().all()

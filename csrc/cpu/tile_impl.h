@@ -259,6 +259,19 @@ Multiply multiply_for(int64_t rows) {
   return multiply<Rows, Pairs>;
 }
 
+// Whether no element of `count` units is infinite or NaN.
+template <bool Pairs>
+bool is_finite(const float* units, int64_t count) {
+  uint32_t not_finite = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, units + i, sizeof bits);
+    not_finite |= (bits & 0x7f800000) == 0x7f800000;
+    if (Pairs) not_finite |= (bits & 0x7f80) == 0x7f80;
+  }
+  return not_finite == 0;
+}
+
 // Writes the first `count` values of one token, rounded once to the type of hidden.
 inline void write_values(const Projection& p, int64_t first, Vector left, Vector right, int64_t count) {
   void* const target = const_cast<void*>(offset(p, p.values, first));
@@ -312,7 +325,10 @@ inline void finish(const Projection& p, int64_t token, int64_t rows, int64_t fir
       part_right += right * load(gradient + kLanes);
     }
     if (p.values) {
-      write_values(p, index * p.out_features + first, left * scale_left, right * scale_right, count);
+      // Adding 0 makes 0 of -0: a switched-off neuron does not show whether it was multiplied.
+      const Vector zero = {};
+      write_values(p, index * p.out_features + first, left * scale_left + zero, right * scale_right + zero,
+                   count);
     }
   }
   store(sum, load(sum) + part_left);
@@ -337,30 +353,43 @@ void project_units(const Projection& p, const float* packed, int64_t prompt, int
                    scratch + token * row_stride);
       }
     }
+    bool hidden_is_finite = false, hidden_is_checked = false;
     for (int64_t panel = begin; panel < end; ++panel) {
       const float* const weight = packed + (panel - begin) * panel_size(p);
       const int64_t first = panel * kWidth;
       const int64_t count = p.out_features - first < kWidth ? p.out_features - first : kWidth;
       float bias[kWidth] = {}, scale[kWidth] = {}, sum[kWidth] = {}, total[kTokens][kWidth];
+      bool off = !sums;
       for (int64_t i = 0; i < count; ++i) {
         bias[i] = p.bias ? p.bias[first + i] : 0;
         scale[i] = p.scale ? p.scale[prompt * p.scale_batch_stride + first + i] : 1;
         sum[i] = sums && block ? sums[prompt * p.out_features + first + i] : 0;
+        off = off && scale[i] == 0;
       }
+      // Where all neurons are switched off nothing is multiplied, unless 0 would hide an infinity.
+      if (off && !hidden_is_checked) {
+        hidden_is_finite = true;
+        for (int64_t token = 0; token < tokens && hidden_is_finite; ++token) {
+          hidden_is_finite = is_finite<Pairs>(hidden + token * row_stride, units(p));
+        }
+        hidden_is_checked = true;
+      }
+      off = off && hidden_is_finite && is_finite<Pairs>(weight, units(p) * kWidth);
+      const int64_t depth = off ? 0 : units(p);
       __builtin_memset(total, 0, sizeof total);
       int64_t k = 0;
       do {
-        const int64_t steps = units(p) - k < kBlock ? units(p) - k : kBlock;
+        const int64_t steps = depth - k < kBlock ? depth - k : kBlock;
         for (int64_t token = 0; token < tokens; token += kRows) {
           const int64_t rows = tokens - token < kRows ? tokens - token : kRows;
           multiply_for<Pairs>(rows)(hidden + token * row_stride + k, row_stride, weight + k * kWidth, steps,
                                     total + token);
-          if (k + steps == units(p)) {
+          if (k + steps == depth) {
             finish(p, prompt * p.tokens + block + token, rows, first, count, total + token, bias, scale, sum);
           }
         }
         k += steps;
-      } while (k < units(p));
+      } while (k < depth);
       if (sums) {
         for (int64_t i = 0; i < count; ++i) sums[prompt * p.out_features + first + i] = sum[i];
       }
