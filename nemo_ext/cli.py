@@ -530,7 +530,7 @@ def _localize(args: argparse.Namespace) -> None:
         *(f"{_name(index, found)}: {note}" for index, found in enumerate(results) for note in found.notes),
         f"Written: {out / RESULTS}, {written} sets of neurons in {out / 'neurons'}"
         f" ({sum(found.seconds for found in results):.1f} s,"
-        f" {sum(found.unet_samples for found in results)} U-Net samples)",
+        f" {sum(found.unet_samples for found in results):.0f} U-Net samples)",
     )
 
 

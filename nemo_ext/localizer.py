@@ -8,15 +8,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
-from nemo_ext.layers import ValueStack, value_layers
+from nemo_ext.layers import ValueStack, evaluating, value_layers
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress, ProgressLike, open_progress
 from nemo_ext.refinement import Certificate, certify, refine_exhaustive
-from nemo_ext.scoring import DEFAULT_BATCH_SIZE, NoiseProbe, Protocol, Threshold
+from nemo_ext.scoring import DEFAULT_BATCH_SIZE, NoiseProbe, Protocol, Threshold, check_unet
 from nemo_ext.selection import initial_selection
+from nemo_ext.stages import Stages, is_compiled
 from nemo_ext.statistics import ActivationStatistics, check_prompts, encode_prompts
 
 RESULTS = "results.jsonl"
@@ -42,7 +45,8 @@ class Localization:
         initial_neurons: the initial selection.
         neurons: what refinement left of it, the result.
         kept_seeds: the seeds above τ, counted from 0.
-        unet_samples: latents that the U-Net has evaluated for all of it.
+        unet_samples: latents that the U-Net has evaluated for all of it; one that went through a part of it counts as
+            that part's share of FLOPs. The call that finds these shares, once for a `Localizer`, is not among them.
         seconds: wall time; the only field that differs between equal runs.
         certificate: the result, measured with each of its neurons on again.
         search: "exhaustive".
@@ -67,7 +71,7 @@ class Localization:
     initial_neurons: NeuronSet
     neurons: NeuronSet
     kept_seeds: tuple[int, ...]
-    unet_samples: int
+    unet_samples: float
     seconds: float
     certificate: Certificate | None
     search: str
@@ -160,6 +164,7 @@ class Localizer:
         statistics.check(pipe)
         if isinstance(threshold, Threshold):
             threshold.check(pipe, self.protocol, seeds)
+        self._known_stages: tuple[Any, Stages | None] | None = None
         self.threshold = float(threshold)
         if not -1 <= self.threshold <= 1:
             raise NemoError(f"threshold must be a similarity, from -1 to 1, got {self.threshold}")
@@ -205,7 +210,14 @@ class Localizer:
     def _search(self, prompt: str, bars: Progress) -> dict[str, Any]:
         """The fields of a `Localization` that a search decides."""
         hidden = encode_prompts(self.pipe, [prompt])
-        probe = NoiseProbe(self.pipe, hidden, seeds=self.seeds, protocol=self.protocol, batch_size=self.batch_size)
+        probe = NoiseProbe(
+            self.pipe,
+            hidden,
+            seeds=self.seeds,
+            protocol=self.protocol,
+            batch_size=self.batch_size,
+            stages=self._stages(hidden),
+        )
         with bars.task("score", self.seeds) as advance:
             score = probe.score().max
             advance(self.seeds)
@@ -270,8 +282,19 @@ class Localizer:
                 "neurons": refinement.neurons,
                 "certificate": certificate,
             }
-        found["unet_samples"] = probe.unet_samples
+        found["unet_samples"] = round(probe.unet_samples, 2)
         return found
+
+    def _stages(self, hidden: Tensor) -> Stages | None:
+        """Where the U-Net can be entered, found out once; None for one that torch.compile has wrapped."""
+        unet = self.pipe.unet
+        check_unet(unet)
+        if is_compiled(unet):
+            return None
+        if self._known_stages is None or self._known_stages[0] is not unet:
+            with evaluating(self.pipe):
+                self._known_stages = unet, Stages.of(unet, self.layers, hidden)
+        return self._known_stages[1]
 
     def localize_many(
         self,

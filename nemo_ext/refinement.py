@@ -1,5 +1,6 @@
 """Refinement: the candidates without which the image would come back, and the proof (design, 3.7)."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +28,8 @@ class NeuronScore:
 
     Attributes:
         layer, index: the neuron.
-        score: highest similarity over kept seeds, with all others of the set off.
+        score: highest similarity over kept seeds, with all others of the set off. Where it is not below τ it is a
+            seed's that shows it, and others' may be higher.
     """
 
     layer: str
@@ -91,7 +93,7 @@ def refine_exhaustive(
     off = {layer: list(indices) for layer, indices in candidates.items() if indices}
 
     def tolerated(trial: Mapping[str, list[int]]) -> bool:
-        remaining = probe.remaining(NeuronSet(trial))
+        remaining = probe.remaining(NeuronSet(trial), enough=_just_below(threshold))
         if on_trial is not None:
             on_trial()
         return remaining < threshold
@@ -125,7 +127,7 @@ def certify(
     each_on = []
     for layer, index in neurons.pairs():
         without = neurons - NeuronSet({layer: (index,)})
-        each_on.append(NeuronScore(layer, index, probe.remaining(without)))
+        each_on.append(NeuronScore(layer, index, probe.remaining(without, enough=_just_below(threshold))))
         if on_trial is not None:
             on_trial()
     return Certificate(
@@ -135,3 +137,8 @@ def certify(
         below_threshold=score <= threshold,
         minimal=all(row.score >= threshold for row in each_on),
     )
+
+
+def _just_below(threshold: float) -> float:
+    """The `enough` for trials that have to stay below τ: what is above it is τ or more."""
+    return math.nextafter(threshold, -math.inf)

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,13 @@ from nemo_ext.layers import evaluating, model_fingerprint
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.stages import Row, Stages, is_compiled
 from nemo_ext.statistics import check_prompts, encode_prompts, name_of_model
 
 DEFAULT_BATCH_SIZE = 10
+
+#: Memory for what earlier runs of the U-Net left, in bytes: some 40 latents of Stable Diffusion 1 in float32.
+HELD_BYTES = 4 << 30
 
 # The protocol's fields that scores must share to be compared; seeds may be others, of the same number.
 _SCALE_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window_sigma", "threshold_guidance")
@@ -146,6 +152,25 @@ class Protocol:
 # Noise differences
 
 
+def check_unet(unet: Any) -> None:
+    """Refuse a U-Net whose noise can't be predicted from latents, a timestep and a text embedding alone.
+
+    Raises:
+        NemoError: inpainting and SDXL, for example.
+    """
+    config = unet.config
+    if config.out_channels != config.in_channels:
+        raise NemoError(
+            f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a "
+            "text-to-image model, not inpainting or the like"
+        )
+    if getattr(config, "addition_embed_type", None) is not None:
+        raise NemoError(
+            "the U-Net wants more than a text embedding "
+            f"(addition_embed_type '{config.addition_embed_type}', as in SDXL): SD1 and SD2 are supported"
+        )
+
+
 def initial_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
     """x_T of every seed, drawn on the CPU so that a seed means the same on every device.
 
@@ -158,11 +183,7 @@ def initial_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
         [S, C, H, W] float32 on the CPU.
     """
     config = pipe.unet.config
-    if config.out_channels != config.in_channels:
-        raise NemoError(
-            f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a "
-            "text-to-image model, not inpainting or the like"
-        )
+    check_unet(pipe.unet)
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (config.in_channels, height, width)
@@ -196,7 +217,8 @@ def noise_differences(
         hidden: the prompt's text embedding, [1, T, K].
         latents: x_T, [S, C, H, W].
         protocol: `num_inference_steps` and `step_index`.
-        batch_size: latents in one U-Net call; changes the result by rounding only.
+        batch_size: latents in one U-Net call; changes the result by rounding only. A compiled U-Net always gets as
+            many.
         guidance: (g, embedding of the empty prompt [1, T, K]) for ε(y) + g (ε("") − ε(y)), which
             takes two U-Net samples for each latent; None: none.
 
@@ -207,21 +229,22 @@ def noise_differences(
         NemoError: a scheduler or U-Net that isn't supported, or noise that isn't finite.
     """
     unet, device = pipe.unet, pipe.unet.device
-    if getattr(unet.config, "addition_embed_type", None) is not None:
-        raise NemoError(
-            "the U-Net wants more than a text embedding "
-            f"(addition_embed_type '{unet.config.addition_embed_type}', as in SDXL): SD1 and SD2 are supported"
-        )
+    check_unet(unet)
     if batch_size < 1:
         raise NemoError(f"batch_size must be 1 or more, got {batch_size}")
     scheduler = _ddim(pipe, protocol)
     timestep = scheduler.timesteps[protocol.step_index].to(device)
     x = (latents.float() * scheduler.init_noise_sigma).to(device)
 
+    # torch.compile compiles anew for another number of rows: there the last part is filled up.
+    compiled = is_compiled(unet)
+
     def predicted(embedding: Tensor, part: Tensor) -> Tensor:
         sample = scheduler.scale_model_input(part, timestep).to(unet.dtype)
-        texts = embedding.to(device, unet.dtype).expand(len(part), -1, -1).contiguous()
-        output: Tensor = unet(sample, timestep, encoder_hidden_states=texts, return_dict=False)[0]
+        if compiled:
+            sample = functional.pad(sample, (0, 0) * 3 + (0, batch_size - len(part)))
+        texts = embedding.to(device, unet.dtype).expand(len(sample), -1, -1).contiguous()
+        output: Tensor = unet(sample, timestep, encoder_hidden_states=texts, return_dict=False)[0][: len(part)]
         if scheduler.config.prediction_type == "epsilon":
             return output.float()
         alpha = scheduler.alphas_cumprod[int(timestep)].to(device)
@@ -370,15 +393,19 @@ class MemorizationScore:
 class Probe(typing.Protocol):
     """What the searches need to know of a model: one number for a set of neurons."""
 
-    def remaining(self, neurons: NeuronSet) -> float:
-        """The remaining memorization with these neurons off, and no others."""
+    def remaining(self, neurons: NeuronSet, enough: float | None = None) -> float:
+        """The remaining memorization with these neurons off, and no others.
+
+        Where `enough` is given and the remaining memorization is above it, any number above it that is not above the
+        remaining memorization will do.
+        """
 
 
 class NoiseProbe:
     """One prompt on one pipeline: its score, and the remaining memorization of sets of neurons.
 
     The one place where searches evaluate the U-Net, and where evaluations are counted. Results are
-    remembered: asking for a set again costs nothing. The same seeds give the same numbers, on any
+    remembered: asking for a set again costs nothing. The same seeds give the same numbers, and cost the same, on any
     batch size but for rounding.
 
     Args:
@@ -387,11 +414,15 @@ class NoiseProbe:
         hidden: the prompt's text embedding, [1, T, K].
         seeds: S ≥ 2.
         protocol: how to measure.
-        batch_size: latents in one U-Net call.
+        batch_size: latents in one U-Net call. A compiled U-Net always gets calls of one size, filled up with latents
+            whose noise is thrown away.
         guidance: as for `noise_differences`.
+        stages: where the U-Net can be entered; then no neuron may be off outside `remaining`. None: all of it runs in
+            every call.
 
     Attributes:
-        unet_samples: latents that the U-Net has evaluated so far.
+        unet_samples: latents that the U-Net has evaluated so far; one that went through a part of it counts as that
+            part's share of FLOPs.
         kept_seeds: the seeds that `remaining` compares, counted from 0; all of them at first.
         scales: M, the number of scales of the similarity.
     """
@@ -405,28 +436,33 @@ class NoiseProbe:
         protocol: Protocol,
         batch_size: int = DEFAULT_BATCH_SIZE,
         guidance: tuple[float, Tensor] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         if seeds < 2:
             raise NemoError(f"a score compares seeds: wanted 2 or more, got {seeds}")
         self.pipe = pipe
         self.hidden = hidden
         self.protocol = protocol
-        self.batch_size = batch_size
+        self.batch_size = min(batch_size, seeds)
         self.guidance = guidance
         self.latents = initial_latents(pipe, seeds, protocol)
         height, width = self.latents.shape[-2:]
         # Known before anything is evaluated: latents can be too small for the window.
         self.scales = similarity_scales(height, width, protocol.window_sigma)
         self.kept_seeds = tuple(range(seeds))
-        self.unet_samples = 0
+        self.unet_samples = 0.0
         self._untouched: Tensor | None = None
-        self._remembered: dict[NeuronSet, float] = {}
+        self._likeliest_first = list(self.kept_seeds)
+        self._remembered: dict[NeuronSet, dict[int, float]] = {}
+        self._held = _HeldRows(stages, seeds)
 
     @property
     def untouched(self) -> Tensor:
         """δ of every seed on the pipeline as it was at the first use, [S, C, H, W]."""
         if self._untouched is None:
-            self._untouched = self._differences(self.latents)
+            self._untouched, rows = self._differences(range(len(self.latents)), NeuronSet())
+            for seed, row in enumerate(rows):
+                self._held.keep(seed, NeuronSet(), row)
         return self._untouched
 
     def score(self) -> MemorizationScore:
@@ -443,14 +479,18 @@ class NoiseProbe:
         """Compare from now on only seeds whose score is above the threshold; give their numbers."""
         per_seed = self.score().per_seed
         self.kept_seeds = tuple(s for s, score in enumerate(per_seed) if score > threshold)
+        self._likeliest_first = sorted(self.kept_seeds, key=lambda s: -per_seed[s])
         self._remembered.clear()
         return self.kept_seeds
 
-    def remaining(self, neurons: NeuronSet) -> float:
+    def remaining(self, neurons: NeuronSet, enough: float | None = None) -> float:
         """The highest similarity, over kept seeds, of δ with these neurons off and untouched δ (3.6).
 
         Args:
             neurons: what to switch off, and nothing else; none: 1 without an evaluation.
+            enough: a number above which any will do. The seed that was highest last is evaluated first, and the others
+                only if it is not above; the first one found above is returned. Where an inferred data range makes a
+                seed's similarity depend on the others all are evaluated, and so they are on a compiled U-Net.
 
         Raises:
             NemoError: no seed is kept, or noise that isn't finite.
@@ -459,19 +499,108 @@ class NoiseProbe:
             raise NemoError("no seed is kept: the prompt isn't memorized, nothing can remain")
         if len(neurons) == 0:
             return 1.0
-        if neurons not in self._remembered:
-            kept = list(self.kept_seeds)
-            untouched = self.untouched[kept]
-            with patched(self.pipe, neurons):
-                blocked = self._differences(self.latents[kept])
-            self._remembered[neurons] = similarity(untouched, blocked, self.protocol).max().item()
-        return self._remembered[neurons]
+        order = self._likeliest_first
+        known = self._remembered.setdefault(neurons, {})
+        together = enough is None or self.protocol.data_range is None or is_compiled(self.pipe.unet)
+        for seeds in [order] if together else [order[:1], order[1:]]:
+            known |= self._similarities([seed for seed in seeds if seed not in known], neurons, enough)
+            above = next((seed for seed in seeds if enough is not None and known[seed] > enough), None)
+            if above is not None:
+                order.remove(above)
+                order.insert(0, above)
+                return known[above]
+        order.sort(key=lambda seed: -known[seed])
+        return known[order[0]]
 
-    def _differences(self, latents: Tensor) -> Tensor:
-        self.unet_samples += len(latents) * (1 if self.guidance is None else 2)
+    def _similarities(self, seeds: Sequence[int], neurons: NeuronSet, enough: float | None) -> dict[int, float]:
+        """Each seed's similarity of δ with these neurons off and untouched δ, evaluated now."""
+        if not seeds:
+            return {}
+        untouched = self.untouched[list(seeds)]
+        with patched(self.pipe, neurons):
+            blocked, rows = self._differences(seeds, neurons)
+        values = dict(zip(seeds, similarity(untouched, blocked, self.protocol).tolist(), strict=True))
+        for seed, row in zip(seeds, rows, strict=True):
+            # A set that fails is not tried again, and the next one differs from what it was made from.
+            if enough is None or values[seed] <= enough:
+                self._held.keep(seed, neurons, row)
+        return values
+
+    def _differences(self, seeds: Sequence[int], neurons: NeuronSet) -> tuple[Tensor, list[Row]]:
+        """δ of some seeds on the pipeline as it is now, with these neurons off, each from where it can be entered."""
+        entries = {seed: self._held.entry(seed, neurons) for seed in seeds}
+        differences: dict[int, Tensor] = {}
+        rows: dict[int, Row] = {}
+        for start in {start for start, _ in entries.values()}:
+            entering = [seed for seed in seeds if entries[seed][0] == start]
+            for first in range(0, len(entering), self.batch_size):
+                batch = entering[first : first + self.batch_size]
+                with self._held.running(start, [entries[seed][1] for seed in batch]) as noted:
+                    found = self._noise_differences(self.latents[batch], self._held.share(start))
+                differences |= zip(batch, found, strict=True)
+                rows |= zip(batch, noted, strict=True)
+        return torch.stack([differences[seed] for seed in seeds]), [rows[seed] for seed in seeds]
+
+    def _noise_differences(self, latents: Tensor, share: float) -> Tensor:
+        """One U-Net call, or two with guidance, counted."""
+        rows = self.batch_size if is_compiled(self.pipe.unet) else len(latents)
+        self.unet_samples += rows * share * (1 if self.guidance is None else 2)
         return noise_differences(
-            self.pipe, self.hidden, latents, self.protocol, batch_size=self.batch_size, guidance=self.guidance
+            self.pipe, self.hidden, latents, self.protocol, batch_size=rows, guidance=self.guidance
         )
+
+
+class _HeldRows:
+    """What earlier runs left of each seed, to enter the U-Net with; the sets used last, as far as memory allows.
+
+    Args:
+        stages: where the U-Net can be entered; None: nowhere, and nothing is held.
+        seeds: S.
+    """
+
+    def __init__(self, stages: Stages | None, seeds: int) -> None:
+        self._stages = stages
+        self._rows: list[OrderedDict[NeuronSet, Row]] = [OrderedDict() for _ in range(seeds)]
+        self._sets = 0 if stages is None else HELD_BYTES // max(stages.row_bytes * seeds, 1)
+
+    def entry(self, seed: int, neurons: NeuronSet) -> tuple[int | None, Row]:
+        """The last place before which nothing differs from a held set, with its row; None: nowhere."""
+        if self._stages is None or not self._can_hold(neurons):
+            return None, {}
+        start, held = -1, None
+        for other in self._rows[seed]:
+            differ = (neurons.get(layer, ()) != other.get(layer, ()) for layer in self._stages.layers)
+            first = next((place for place, differs in enumerate(differ) if differs), len(self._stages.layers) - 1)
+            if first >= start:
+                start, held = first, other
+        if held is None:
+            return None, {}
+        self._rows[seed].move_to_end(held)
+        return start, self._rows[seed][held]
+
+    def keep(self, seed: int, neurons: NeuronSet, row: Row) -> None:
+        """Hold a row."""
+        if self._can_hold(neurons):
+            self._rows[seed][neurons] = row
+            while len(self._rows[seed]) > self._sets:
+                self._rows[seed].popitem(last=False)
+
+    def _can_hold(self, neurons: NeuronSet) -> bool:
+        """A set with neurons in layers that are no entries may differ from another one before the entry."""
+        return self._stages is not None and set(neurons) <= set(self._stages.layers)
+
+    def share(self, start: int | None) -> float:
+        """The share of a whole call's FLOPs."""
+        return 1.0 if self._stages is None or start is None else self._stages.shares[start]
+
+    @contextmanager
+    def running(self, start: int | None, rows: Sequence[Row]) -> Iterator[list[Row]]:
+        """`Stages.replaying`, or a plain block where the U-Net can't be entered."""
+        if self._stages is None:
+            yield [{} for _ in rows]
+        else:
+            with self._stages.replaying(start, rows) as noted:
+                yield noted
 
 
 def memorization_score(

@@ -99,14 +99,16 @@ def initial_selection(
     theta, top_k = protocol.first_theta, protocol.first_top_k
     while True:
         chosen = candidates(activation, z_scores, theta=theta, top_k=top_k, keeps_duplicates=protocol.keeps_duplicates)
-        remaining = probe.remaining(NeuronSet(chosen))
+        next_theta, next_top_k = max(theta - protocol.theta_step, protocol.last_theta), top_k + 1
+        # The published code looks at the step to come and so never tries the last one.
+        at_theta, at_top_k = (theta, top_k) if protocol.tries_last_theta else (next_theta, next_top_k)
+        last = at_theta <= protocol.last_theta or at_top_k >= widest
+        # Of the last step the number itself is wanted, for it may become the threshold.
+        remaining = probe.remaining(NeuronSet(chosen), enough=None if last else threshold)
         if on_trial is not None:
             on_trial()
         if remaining <= threshold:
             return Selection(chosen, theta, top_k, remaining, threshold)
-        next_theta, next_top_k = max(theta - protocol.theta_step, protocol.last_theta), top_k + 1
-        # The published code looks at the step to come and so never tries the last one.
-        at_theta, at_top_k = (theta, top_k) if protocol.tries_last_theta else (next_theta, next_top_k)
-        if at_theta <= protocol.last_theta or at_top_k >= widest:
+        if last:
             return Selection(chosen, theta, top_k, remaining, remaining + protocol.raise_margin)
         theta, top_k = next_theta, next_top_k

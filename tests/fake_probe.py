@@ -9,13 +9,13 @@ Score = Callable[[NeuronSet], float]
 
 
 class FakeProbe:
-    """Answers with `score(neurons)` and keeps every set that it was asked for."""
+    """Answers with `score(neurons)` in full, whatever is enough, and keeps every set that it was asked for."""
 
     def __init__(self, score: Score) -> None:
         self.score = score
         self.asked: list[NeuronSet] = []
 
-    def remaining(self, neurons: NeuronSet) -> float:
+    def remaining(self, neurons: NeuronSet, enough: float | None = None) -> float:
         self.asked.append(neurons)
         return self.score(neurons)
 

@@ -187,8 +187,8 @@ class TestFloor:
             )
             counts[protocol.measures_floor] = found.unet_samples
             assert found.memorized
-        assert counts[True] == SEEDS * 2  # the score, and all neurons off
-        assert counts[False] > SEEDS * 17
+        assert counts[True] <= SEEDS * 2  # the score, and all neurons off
+        assert counts[False] > counts[True] + 8  # sixteen steps, of a seed each
 
     def test_below_the_threshold_costs_one_evaluation_and_changes_nothing(
         self, planted: Planted, found: Localization
@@ -204,7 +204,7 @@ class TestFloor:
         assert found.floor < 0.3
         assert without.floor is None
         assert without.neurons == found.neurons
-        assert without.unet_samples == found.unet_samples - SEEDS
+        assert found.unet_samples - SEEDS <= without.unet_samples < found.unet_samples
         assert found.notes == ()
         assert found.threshold_used == found.threshold
 
