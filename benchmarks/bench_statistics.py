@@ -1,0 +1,177 @@
+"""Activation statistics of prompts, text to numbers: `collect_statistics` against a plain loop.
+
+Run `python benchmarks/bench_statistics.py [--device cpu|cuda] [--quick] [--threads N] [--out DIR] [--compare CSV]`. The
+loop is how the method's published script works: one prompt at a time, one linear layer at a time, all activations kept
+until the end. benchmarks/README.md says what is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from harness import Panel, Row, Run, alternate, measured, parser, peak_memory
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from nemo_ext.demo.captions import ordinary_captions
+from nemo_ext.demo.run import load_demo_pipeline
+from nemo_ext.layers import value_layers
+from nemo_ext.statistics import ActivationStatistics, collect_statistics
+
+Summary = dict[str, tuple[Tensor, Tensor]]
+
+
+class Components(NamedTuple):
+    """What statistics need of a pipeline."""
+
+    tokenizer: Any
+    text_encoder: nn.Module
+    unet: nn.Module
+    config: Any
+
+
+def demo() -> Any:
+    return load_demo_pipeline()
+
+
+def sd1() -> Components:
+    """Stable Diffusion 1's text encoder and value layers with random weights; the rest of its U-Net has none.
+
+    Its vocabulary is not at hand: the demo's makes other tokens of a text, and 77 of them like the real one.
+    """
+    tokenizer = copy.copy(load_demo_pipeline().tokenizer)
+    tokenizer.model_max_length = 77
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    for name, module in unet.named_modules():
+        if name.endswith("attn2.to_v"):
+            module.to_empty(device="cpu")
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return Components(tokenizer, text_encoder.eval(), unet.eval(), unet.config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {"demo": demo, "sd1": sd1}
+
+
+def load(model: str, device: str) -> Any:
+    pipe = MODELS[model]()
+    pipe.text_encoder.to(device)
+    for layer in value_layers(pipe, "all").values():
+        layer.to(device)
+    return pipe
+
+
+def plain_loop(pipe: Any, prompts: list[str], layers: Any = "down+mid") -> Summary:
+    """What `collect_statistics` replaces: layer name -> mean, std."""
+    found = value_layers(pipe, layers)
+    kept: dict[str, list[Tensor]] = {name: [] for name in found}
+    with torch.no_grad():
+        for prompt in prompts:
+            tokens = pipe.tokenizer(
+                prompt,
+                padding="max_length",
+                max_length=pipe.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            hidden = pipe.text_encoder(tokens.input_ids.to(pipe.text_encoder.device))[0]
+            for name, layer in found.items():
+                kept[name].append(layer(hidden).abs().mean(dim=1))
+    together = {name: torch.cat(activations) for name, activations in kept.items()}
+    return {name: (activation.mean(dim=0), activation.std(dim=0)) for name, activation in together.items()}
+
+
+def agree(results: dict[str, Any]) -> None:
+    """Both have the same mean and std, but for float32 rounding of activations."""
+    ours: ActivationStatistics = results["collect"]
+    for name, (mean, std) in results["loop"].items():
+        torch.testing.assert_close(ours.mean[name], mean.double().cpu(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.std[name], std.double().cpu(), rtol=1e-2, atol=1e-5)
+
+
+def captions(number: int) -> list[str]:
+    """All different, as far as there are so many."""
+    different = [caption for _, caption in ordinary_captions(min(number, 2304), seed=2024)]
+    return (different * math.ceil(number / len(different)))[:number]
+
+
+def measure_time(pipe: Any, model: str, number: int, layers: Any, run: Run) -> None:
+    prompts = captions(number)
+    calls = {
+        "loop": lambda: plain_loop(pipe, prompts, layers),
+        "collect": lambda: collect_statistics(pipe, prompts, layers=layers),
+    }
+    demo = model == "demo"  # the large one takes seconds, and warming up would take as many
+    rounds = (5 if demo else 3) - run.quick
+    times = alternate(calls, device=run.device, verify=agree, rounds=rounds, warm_up=demo)
+    for what, row in measured(times, baselines=["loop"]).items():
+        prompts_per_s = 1e3 * number / row["median_ms"]
+        run.add({**keys(what, model, number, pipe, layers), **row, "prompts_per_s": prompts_per_s})
+
+
+def keys(what: str, model: str, number: int, pipe: Any, layers: Any = "down+mid") -> Row:
+    neurons = sum(layer.out_features for layer in value_layers(pipe, layers).values())
+    return {"what": what, "model": model, "prompts": number, "neurons": neurons}
+
+
+def loop_of_demo(number: int, device: str) -> None:
+    plain_loop(load("demo", device), captions(number))
+
+
+def collect_of_demo(number: int, device: str) -> None:
+    collect_statistics(load("demo", device), captions(number))
+
+
+def main() -> None:
+    run = Run(
+        "bench_statistics",
+        parser(__doc__),
+        keys=("what", "model", "prompts", "neurons"),
+        shown=("median_ms", "prompts_per_s", "over_loop", "over_loop_low", "over_loop_high", "peak_mib"),
+    )
+
+    pipe = load("demo", run.device)
+    for number in (256,) if run.quick else (16, 64, 256, 1024):
+        measure_time(pipe, "demo", number, "down+mid", run)
+    large = load("sd1", run.device)
+    searched = list(value_layers(large))
+    for layers in (searched,) if run.quick else (searched[:1], searched[:3], searched, "all"):
+        measure_time(large, "sd1", 8 if run.quick else 32, layers, run)
+    del large
+    memory = {"collect": (collect_of_demo, (100, 1000) if run.quick else (1000, 10000, 50000))}
+    if not run.quick:
+        memory["loop"] = (loop_of_demo, (1000, 10000))  # grows with the prompts, which 10,000 show
+    for what, (call, numbers) in memory.items():
+        for number in numbers:
+            peak, _ = peak_memory(call, number, run.device, device=run.device)
+            run.add({**keys(what, "demo", number, pipe), "peak_mib": peak / 2**20})
+
+    run.finish(
+        [
+            Panel("demo: time", [row for row in run.rows if row["model"] == "demo"], x="prompts"),
+            Panel("sd1: time", [row for row in run.rows if row["model"] == "sd1"], x="neurons"),
+            Panel("demo: memory of the process", run.rows, x="prompts", y="peak_mib"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
