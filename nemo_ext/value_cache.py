@@ -1,4 +1,7 @@
-"""The values of a value layer, kept while they are certain to be the same: they don't depend on the timestep."""
+"""The values of a value layer, kept while they are certain to be the same: they don't depend on the timestep.
+
+Keys don't either, but patching leaves every layer besides `to_v` alone.
+"""
 
 import weakref
 from collections.abc import Callable

@@ -205,6 +205,14 @@ class TestDevicesAndPrecisions:
         pipe.unet.to("meta")
         assert pipe.unet.get_submodule(MID).neuron_scale.is_meta
 
+    @pytest.mark.parametrize("neurons", [NeuronSet(), SOME])
+    def test_on_another_device_it_is_still_known_whether_neurons_are_off(
+        self, pipe: StableDiffusionPipeline, neurons: NeuronSet
+    ) -> None:
+        patch(pipe, neurons)
+        pipe.unet.to("meta")
+        assert pipe.unet.get_submodule(MID).is_unscaled() == (not neurons)
+
     def test_half_precision(self, pipe: StableDiffusionPipeline) -> None:
         pipe.unet.to(torch.bfloat16)
         expected = noise(with_rows_zeroed(pipe, SOME))
@@ -245,6 +253,12 @@ class TestSetNeurons:
         changed = noise(pipe)
         patch(pipe, SOME)
         assert torch.equal(noise(pipe), changed)
+
+    def test_changes_what_was_patched_under_inference_mode(self, pipe: StableDiffusionPipeline) -> None:
+        with torch.inference_mode():
+            patch(pipe)
+        set_neurons(pipe, SOME)
+        torch.testing.assert_close(noise(pipe), noise(with_rows_zeroed(pipe, SOME)), rtol=1e-5, atol=1e-5)
 
     def test_wants_a_patched_pipeline(self, pipe: StableDiffusionPipeline) -> None:
         with pytest.raises(NemoError, match=rf"{FIRST} is not patched: call nemo_ext.patch\(pipe\) first"):
@@ -343,6 +357,15 @@ class TestScaledRows:
         with scaled_rows(pipe, self.rows(SOME, SOME)):
             unpatch(pipe)
         assert torch.equal(noise(pipe), before)
+
+    def test_neurons_set_inside_do_not_go_into_the_callers_rows(self, pipe: StableDiffusionPipeline) -> None:
+        patch(pipe)
+        expected, rows = noise(with_rows_zeroed(pipe, OTHERS)), self.rows(SOME, SOME)
+        before = {layer: scale.clone() for layer, scale in rows.items()}
+        with scaled_rows(pipe, rows):
+            set_neurons(pipe, OTHERS)
+            torch.testing.assert_close(noise(pipe), expected, rtol=1e-5, atol=1e-5)
+        assert all(torch.equal(rows[layer], before[layer]) for layer in rows)
 
     def test_gradients_reach_the_rows(self, pipe: StableDiffusionPipeline) -> None:
         patch(pipe)

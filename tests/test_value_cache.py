@@ -344,6 +344,17 @@ class TestRecordedCalls:
         torch.testing.assert_close(compiled(other), linear(other, layer.weight, layer.bias))
         assert counter.frame_count == 1
 
+    def test_by_torch_compile_with_rows_of_a_scale(
+        self, unet: nn.Module, layer: ValueProjection, hidden: Tensor
+    ) -> None:
+        counter = CompileCounter()
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        for rows in torch.rand(3, 2, NEURONS):
+            with scaled_rows(unet, {LAYER: rows}):
+                expected = linear(hidden, layer.weight, layer.bias) * rows[:, None]
+                torch.testing.assert_close(compiled(hidden), expected)
+        assert counter.frame_count == 1
+
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
     def test_by_a_trace(self, unet: nn.Module, layer: ValueProjection, hidden: Tensor) -> None:
         layer(hidden)
