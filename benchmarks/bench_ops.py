@@ -1,28 +1,22 @@
 """The operators against eager PyTorch, torch.compile and the bare GEMM: verified first, then timed in turns.
 
-Run `python benchmarks/bench_ops.py --device cpu|cuda [--quick] [--threads N] [--out DIR]`. Ratios are of medians of
-calls that alternate, A B C A B C, never of separate runs; benchmarks/README.md says what is measured.
+Run `python benchmarks/bench_ops.py --device cpu|cuda [--quick] [--threads N] [--out DIR] [--compare CSV]`.
+Ratios are of medians of calls that alternate, A B C A B C, never of separate runs; benchmarks/README.md says what is
+measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from harness import Call, Panel, Row, Run, alternate, measured, parser
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nemo_ext import _module, info, ops, reference
+from nemo_ext import ops, reference
 
 TOKENS = 77
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,22 +33,8 @@ SHAPES = {  # (batch, in_features, out_features)
 }
 QUICK_SHAPES = [(8, 768, 640)]
 
-MEASURED = (
-    "what",
-    "dtype",
-    "batch",
-    "tokens",
-    "in_features",
-    "out_features",
-    "calls",
-    "median_ms",
-    "low_ms",
-    "high_ms",
-)
-DERIVED = ("tflops", "gbs", "of_matmul", "of_copy")
-
-Row = dict[str, Any]
-Call = Callable[[], object]
+KEYS = ("what", "dtype", "batch", "tokens", "in_features", "out_features")
+SHOWN = ("median_ms", "tflops", "of_matmul", "gbs", "of_copy", "over_linear", "over_eager")
 
 
 class Inputs(NamedTuple):
@@ -174,35 +154,9 @@ def over(call: Callable[[Inputs], object], inputs: list[Inputs]) -> Call:
     return graph.replay
 
 
-def milliseconds(call: Call, device: str) -> float:
-    if device == "cpu":
-        before = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - before)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def alternate(calls: dict[str, Call], device: str, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each, called in turns for about `seconds` in all, and at least five times after a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times[next(iter(calls))]) < 6:
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, device))
-    return {name: of_one[1:] for name, of_one in times.items()}
-
-
-def row_of(what: str, dtype: torch.dtype, sizes: tuple[int, ...], times: list[float], flop: float, size: float) -> Row:
-    """One measurement; a call does `flop` operations, and moves `size` bytes if it reads and writes all once."""
-    median = statistics.median(times)
-    low, *_, high = statistics.quantiles(times, n=10, method="inclusive")
-    measured = (what, str(dtype)[6:], *sizes, len(times), median, low, high)
-    return dict(zip(MEASURED, measured, strict=True)) | {"tflops": flop / median / 1e9, "gbs": size / median / 1e6}
+def work(flop: float, size: float, row: Row) -> Row:
+    """Speeds of a call that does `flop` operations, and moves `size` bytes if it reads and writes all once."""
+    return {"tflops": flop / row["median_ms"] / 1e9, "gbs": size / row["median_ms"] / 1e6}
 
 
 def measure_ceilings(device: str, quick: bool) -> list[Row]:
@@ -214,17 +168,18 @@ def measure_ceilings(device: str, quick: bool) -> list[Row]:
     for dtype in DTYPES:
         one, two = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         calls[f"matmul {dtype}"] = lambda one=one, two=two: linear(one, two)
-    times = alternate(calls, device, seconds=0.5 if quick else 5)
-    rows = [row_of("copy", torch.uint8, (0, 0, 0, 0), times["copy"], 0, 2 * size)]
+    rows = measured(alternate(calls, device=device, seconds=0.5 if quick else 5))
+    copied = rows["copy"]
+    ceilings = [dict(zip(KEYS, ("copy", "uint8", 0, 0, 0, 0), strict=True)) | copied | work(0, 2 * size, copied)]
     for dtype in DTYPES:
-        of_one, moved = times[f"matmul {dtype}"], 3 * side**2 * dtype.itemsize
-        rows.append(row_of("matmul", dtype, (1, side, side, side), of_one, 2 * side**3, moved))
-    return rows
+        row, keys = rows[f"matmul {dtype}"], ("matmul", str(dtype)[6:], 1, side, side, side)
+        speeds = work(2 * side**3, 3 * side**2 * dtype.itemsize, row)
+        ceilings.append(dict(zip(KEYS, keys, strict=True)) | row | speeds)
+    return ceilings
 
 
 def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: float) -> list[Row]:
     inputs = make_inputs(shape, dtype, device)
-    verify(inputs[0])
     compared = sides()
     calls = {name: over(side.call, inputs) for name, side in compared.items()}
     if device == "cuda" and dtype == torch.float32:
@@ -234,13 +189,15 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
         torch.set_float32_matmul_precision("highest")
     batch, in_features, out_features = shape
     flop = 2 * batch * TOKENS * in_features * out_features
+    times = alternate(calls, device=device, verify=lambda _: verify(inputs[0]), seconds=seconds)
+    of_one = {name: [taken / len(inputs) for taken in of_all] for name, of_all in times.items()}
     rows = []
-    for name, times in alternate(calls, device, seconds).items():
+    for name, row in measured(of_one, baselines=["linear", "eager"]).items():
         size = dtype.itemsize * in_features * (batch * TOKENS + out_features)
         size += compared[name].values * dtype.itemsize * batch * TOKENS * out_features
         size += compared[name].activation * 4 * batch * out_features
-        sizes = (batch, TOKENS, in_features, out_features)
-        rows.append(row_of(name, dtype, sizes, [taken / len(inputs) for taken in times], flop, size))
+        keys = (name, str(dtype)[6:], batch, TOKENS, in_features, out_features)
+        rows.append(dict(zip(KEYS, keys, strict=True)) | row | work(flop, size, row))
     return rows
 
 
@@ -251,122 +208,39 @@ def relate(row: Row, copy: Row, matmuls: list[Row]) -> None:
     row["of_copy"] = row["gbs"] / copy["gbs"]
 
 
-def cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+def panels(rows: list[Row], matmuls: list[Row]) -> list[Panel]:
+    """A column for each dtype: time over batch where there are most neurons, and for every width of layer TFLOP/s."""
+    widths = sorted({(row["in_features"], row["out_features"]) for row in rows})
+    ceilings = {row["dtype"]: row["tflops"] for row in matmuls}
 
+    def of(width: tuple[int, int], dtype: str) -> list[Row]:
+        return [row for row in rows if (row["in_features"], row["out_features"], row["dtype"]) == (*width, dtype)]
 
-def commit() -> str:
-    """Of this checkout, with "-dirty" where it was changed; empty outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
-def facts_of_run(device: str, threads: int) -> Row:
-    build = _module.build_facts()
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "device": device,
-        "machine": torch.cuda.get_device_name(device) if device == "cuda" else cpu_name(),
-        "threads": threads,
-        "variant": "" if device == "cuda" else _module.cpu_capability(),
-        "nemo_ext": build["version"],
-        "compiler": build["compiler"],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-    }
-
-
-def print_row(row: Row, linear_ms: float) -> None:
-    sizes = f"{row['batch']:5}{row['tokens']:5}{row['in_features']:5}{row['out_features']:5}"
-    speed = f"{row['tflops']:9.3f}{row['of_matmul']:6.2f}{row['gbs']:9.1f}{row['of_copy']:6.2f}"
-    print(
-        f"{row['dtype']:9}{sizes}  {row['what']:12}{row['median_ms']:10.4f}{speed}{linear_ms / row['median_ms']:9.2f}",
-        flush=True,
-    )
-
-
-def write_csv(rows: list[Row], facts: Row, path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*facts, *MEASURED, *DERIVED])
-        writer.writeheader()
-        writer.writerows(facts | row for row in rows)
-
-
-def plot(rows: list[Row], ceilings: list[Row], facts: Row, path: Path) -> None:
-    """TFLOP/s over shapes, a panel for each dtype, the measured ceiling of a large product above."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shapes = list(dict.fromkeys((row["in_features"], row["out_features"], row["batch"]) for row in rows))
-    figure, panels = pyplot.subplots(
-        len(DTYPES), sharex=True, layout="constrained", figsize=(4 + 0.4 * len(shapes), 3.2 * len(DTYPES))
-    )
-    for dtype, panel in zip((str(dtype)[6:] for dtype in DTYPES), panels, strict=True):
-        of_dtype = [row for row in rows if row["dtype"] == dtype]
-        for what in dict.fromkeys(row["what"] for row in of_dtype):
-            points = [row["tflops"] for row in of_dtype if row["what"] == what]
-            panel.plot(range(len(shapes)), points, "o-" if what in ("values", "stats", "both") else "x:", label=what)
-        (ceiling,) = (row["tflops"] for row in ceilings if row["dtype"] == dtype)
-        panel.axhline(ceiling, color="black", linewidth=1, label="large matmul")
-        panel.set(title=dtype, ylabel="TFLOP/s", ylim=(0, None))
-    panels[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    panels[-1].set_xticks(range(len(shapes)), [f"{k} to {n}, B {b}" for k, n, b in shapes], rotation=90)
-    figure.suptitle(f"{facts['machine']}, T = {TOKENS}, torch {facts['torch']}")
-    figure.savefig(path, dpi=120)
+    widest = widths[-1]
+    drawn = [Panel(f"{dtype}, {widest[0]} to {widest[1]}", of(widest, dtype), "batch") for dtype in ceilings]
+    for width in widths:
+        for dtype, tflops in ceilings.items():
+            ours = of(width, dtype)
+            above = [{"what": "large matmul", "batch": row["batch"], "tflops": tflops} for row in ours]
+            drawn.append(Panel(f"{dtype}, {width[0]} to {width[1]}", [*ours, *above], "batch", "tflops"))
+    return drawn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; one keeps other work out of the ratios")
-    parser.add_argument("--quick", action="store_true", help="one shape for each dtype, in less than a minute")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench_ops-DEVICE.csv and .png there")
-    arguments = parser.parse_args()
-    device = arguments.device
-    if device == "cuda":
-        gpus = info.gpus()
-        obstacle = (
-            info.cuda_obstacle(_module.build_facts(), gpus[0]) if gpus else f"torch {torch.__version__} sees no GPU"
-        )
-        if obstacle:
-            parser.error(f"--device cuda: {obstacle}")
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-
-    facts = facts_of_run(device, arguments.threads)
-    print(", ".join(f"{name} {value}" for name, value in facts.items() if value != ""))
-    print(
-        f"{'dtype':9}{'B':>5}{'T':>5}{'K':>5}{'N':>5}  {'what':12}{'ms':>10}{'TFLOP/s':>9}{'of mm':>6}{'GB/s':>9}"
-        f"{'of cp':>6}{'linear/':>9}"
-    )
+    run = Run("bench_ops", parser(__doc__), keys=KEYS, shown=SHOWN)
     rows: list[Row] = []
     with torch.inference_mode():
-        copy, *matmuls = ceilings = measure_ceilings(device, arguments.quick)
+        copy, *matmuls = ceilings = measure_ceilings(run.device, run.quick)
         for row in ceilings:
             relate(row, copy, matmuls)
-            print_row(row, row["median_ms"])
-        for shape in QUICK_SHAPES if arguments.quick else SHAPES[device]:
+            run.add(row)
+        for shape in QUICK_SHAPES if run.quick else SHAPES[run.device]:
             for dtype in DTYPES:
-                measured = measure_shape(shape, dtype, device, seconds=1 if arguments.quick else 3)
-                (linear_ms,) = (row["median_ms"] for row in measured if row["what"] == "linear")
-                for row in measured:
+                for row in measure_shape(shape, dtype, run.device, seconds=1 if run.quick else 3):
                     relate(row, copy, matmuls)
-                    print_row(row, linear_ms)
-                rows += measured
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_csv([*ceilings, *rows], facts, arguments.out / f"bench_ops-{device}.csv")
-        plot(rows, matmuls, facts, arguments.out / f"bench_ops-{device}.png")
+                    run.add(row)
+                    rows.append(row)
+    run.finish(panels(rows, matmuls))
 
 
 if __name__ == "__main__":

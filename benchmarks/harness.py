@@ -220,15 +220,24 @@ class Panel(NamedTuple):
 
 
 def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
+    """All panels in one picture, three in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    columns = min(3, len(panels))
+    rows_of_panels = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        1, len(panels), squeeze=False, layout="constrained", figsize=(1 + 5 * len(panels), 4.5)
+        rows_of_panels,
+        columns,
+        squeeze=False,
+        layout="constrained",
+        figsize=(1 + 5 * columns, 0.5 + 4 * rows_of_panels),
     )
-    for axis, panel in zip(axes[0], panels, strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, panel in zip(axes.flat, panels, strict=False):
         rows = [row for row in panel.rows if row.get(panel.y) not in (None, "")]
         for name in dict.fromkeys(row[panel.series] for row in rows):
             of_one = sorted((row for row in rows if row[panel.series] == name), key=lambda row: row[panel.x])
