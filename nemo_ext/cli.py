@@ -277,7 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--search",
         choices=("exhaustive", "guided"),
         default="exhaustive",
-        help="how candidates are refined (default: exhaustive, the paper's order)",
+        help="exhaustive (default): the paper's, candidate by candidate; guided: by a gradient, in far less time",
     )
     _add_scoring(localize)
 

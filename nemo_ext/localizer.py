@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nemo_ext.atomic import replacing
@@ -16,13 +17,14 @@ from nemo_ext.layers import ValueStack, evaluating, value_layers
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress, ProgressLike, open_progress
-from nemo_ext.refinement import Certificate, certify, refine_exhaustive
+from nemo_ext.refinement import Certificate, Refinement, certify, refine_exhaustive, refine_guided
 from nemo_ext.scoring import DEFAULT_BATCH_SIZE, NoiseProbe, Protocol, Threshold, check_unet
 from nemo_ext.selection import initial_selection
 from nemo_ext.stages import Stages, is_compiled
 from nemo_ext.statistics import ActivationStatistics, check_prompts, encode_prompts
 
 RESULTS = "results.jsonl"
+SEARCHES = ("exhaustive", "guided")
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,20 @@ class Localization:
         score_before: the prompt's score, its highest similarity between two seeds.
         score_after: remaining memorization with `neurons` off, the highest similarity over kept
             seeds to the untouched model's δ.
-        floor: remaining memorization with all searched neurons off; None if the protocol doesn't
-            measure it.
+        floor: remaining memorization with all searched neurons off; None where it wasn't measured: by choice of the
+            protocol, or by a guided search that found the threshold within reach.
         threshold: τ as asked for.
         threshold_used: τ as searched for: raised where it can't be, or wasn't, reached.
         notes: why τ was raised, in sentences.
-        theta, top_k: θ and k of the initial selection.
+        theta, top_k: θ and k of the initial selection; None in a guided search, which has none.
         initial_neurons: the initial selection.
-        neurons: what refinement left of it, the result.
+        neurons: the result.
         kept_seeds: the seeds above τ, counted from 0.
         unet_samples: latents that the U-Net has evaluated for all of it; one that went through a part of it counts as
             that part's share of FLOPs. The call that finds these shares, once for a `Localizer`, is not among them.
         seconds: wall time; the only field that differs between equal runs.
         certificate: the result, measured with each of its neurons on again.
-        search: "exhaustive".
+        search: "exhaustive" or "guided".
         protocol: how it was measured and searched.
         seeds: S.
         layers: the value layers searched, in network order.
@@ -124,7 +126,8 @@ class Localizer:
         statistics: μ and σ of this model's activations.
         threshold: τ, as a number or as `memorization_threshold` gave it (then it must be of this
             model, protocol and number of seeds).
-        search: "exhaustive", the paper's.
+        search: "exhaustive", the paper's; or "guided", which ranks all searched neurons by a gradient and bisects: far
+            less work, for a set that need not be the paper's.
         protocol: None: `Protocol.paper()`.
         seeds: S ≥ 2.
         batch_size: latents in one U-Net call.
@@ -147,10 +150,8 @@ class Localizer:
         batch_size: int = DEFAULT_BATCH_SIZE,
         layers: str | Sequence[str] | None = None,
     ) -> None:
-        if search == "guided":
-            raise NemoError('the guided search does not exist yet: use search="exhaustive"')
-        if search != "exhaustive":
-            raise NemoError(f"search must be 'exhaustive', got '{search}'")
+        if search not in SEARCHES:
+            raise NemoError(f"search must be {' or '.join(map(repr, SEARCHES))}, got '{search}'")
         self.pipe = pipe
         self.statistics = statistics
         self.search = search
@@ -238,52 +239,95 @@ class Localizer:
             "similarity_scales": probe.scales,
         }
         if kept:
-            stack = ValueStack(value_layers(self.pipe, self.layers))
-            activation = {layer: values[0] for layer, values in stack.split(stack.activations(hidden)).items()}
-            notes = []
-            threshold = self.threshold
-            if self.protocol.measures_floor:
-                everything = NeuronSet({layer: range(width) for layer, width in stack.widths.items()})
-                found["floor"] = floor = probe.remaining(everything)
-                if floor > threshold:
-                    threshold = floor + self.protocol.raise_margin
-                    notes.append(
-                        f"with all {len(everything)} searched neurons off the similarity is still {floor:.3f}, "
-                        f"above τ = {self.threshold:.3f}: searched with τ = {threshold:.3f}"
-                    )
-            with bars.task("initial selection") as advance:
-                selection = initial_selection(
-                    activation,
-                    self.statistics,
-                    probe,
-                    threshold,
-                    protocol=self.protocol,
-                    on_trial=lambda: advance(1),
-                )
-            if selection.threshold != threshold:
-                notes.append(
-                    f"the initial selection reached {selection.remaining:.3f} and not τ = {threshold:.3f}: "
-                    f"refined with τ = {selection.threshold:.3f}"
-                )
-            initial = selection.neurons
-            with bars.task("refinement", len(initial.layers) + len(initial)) as advance:
-                refinement = refine_exhaustive(
-                    selection.candidates, probe, selection.threshold, on_trial=lambda: advance(1)
-                )
-            with bars.task("certificate", len(refinement.neurons)) as advance:
-                certificate = certify(refinement.neurons, probe, selection.threshold, on_trial=lambda: advance(1))
-            found |= {
-                "score_after": refinement.remaining,
-                "threshold_used": selection.threshold,
-                "notes": tuple(notes),
-                "theta": selection.theta,
-                "top_k": selection.top_k,
-                "initial_neurons": initial,
-                "neurons": refinement.neurons,
-                "certificate": certificate,
-            }
+            found |= self._guided(probe, bars) if self.search == "guided" else self._exhaustive(probe, hidden, bars)
         found["unet_samples"] = round(probe.unet_samples, 2)
         return found
+
+    def _exhaustive(self, probe: NoiseProbe, hidden: Tensor, bars: Progress) -> dict[str, Any]:
+        """The paper's search: selection by θ and k, then layer by layer and neuron by neuron."""
+        stack = ValueStack(value_layers(self.pipe, self.layers))
+        activation = {layer: values[0] for layer, values in stack.split(stack.activations(hidden)).items()}
+        notes = []
+        floor, threshold = None, self.threshold
+        if self.protocol.measures_floor:
+            floor = probe.remaining(self._everything())
+            if floor > threshold:
+                threshold = floor + self.protocol.raise_margin
+                notes.append(self._floor_note(floor, threshold))
+        with bars.task("initial selection") as advance:
+            selection = initial_selection(
+                activation,
+                self.statistics,
+                probe,
+                threshold,
+                protocol=self.protocol,
+                on_trial=lambda: advance(1),
+            )
+        if selection.threshold != threshold:
+            notes.append(
+                f"the initial selection reached {selection.remaining:.3f} and not τ = {threshold:.3f}: "
+                f"refined with τ = {selection.threshold:.3f}"
+            )
+        initial = selection.neurons
+        with bars.task("refinement", len(initial.layers) + len(initial)) as advance:
+            refinement = refine_exhaustive(
+                selection.candidates, probe, selection.threshold, on_trial=lambda: advance(1)
+            )
+        return {
+            **self._certified(refinement, probe, selection.threshold, bars),
+            "floor": floor,
+            "notes": tuple(notes),
+            "theta": selection.theta,
+            "top_k": selection.top_k,
+            "initial_neurons": initial,
+        }
+
+    def _guided(self, probe: NoiseProbe, bars: Progress) -> dict[str, Any]:
+        """All searched neurons in the order of their effect, and what of them is needed."""
+        widths = {layer: self.statistics.widths[layer] for layer in self.layers}
+        pairs = [(layer, index) for layer, width in widths.items() for index in range(width)]
+        effects = torch.zeros(len(pairs))
+        seen: set[int] = set()
+
+        def ranked(seeds: Sequence[int]) -> list[tuple[str, int]]:
+            new = [seed for seed in seeds if seed not in seen]
+            seen.update(new)
+            for_new = probe.effects(self.layers, new)
+            effects.add_(torch.cat([for_new[layer] for layer in self.layers]))
+            return [pairs[rank] for rank in effects.sort(descending=True, stable=True).indices.tolist()]
+
+        floor, threshold, notes = None, self.threshold, []
+        with bars.task("guided search") as advance:
+            refinement = refine_guided(ranked, probe, threshold, on_trial=lambda: advance(1))
+            if refinement.remaining > threshold:
+                floor = refinement.remaining
+                threshold = floor + self.protocol.raise_margin
+                notes.append(self._floor_note(floor, threshold))
+                refinement = refine_guided(ranked, probe, threshold, on_trial=lambda: advance(1))
+        return {
+            **self._certified(refinement, probe, threshold, bars),
+            "floor": floor,
+            "notes": tuple(notes),
+        }
+
+    def _everything(self) -> NeuronSet:
+        return NeuronSet({layer: range(self.statistics.widths[layer]) for layer in self.layers})
+
+    def _floor_note(self, floor: float, threshold: float) -> str:
+        return (
+            f"with all {len(self._everything())} searched neurons off the similarity is still {floor:.3f}, "
+            f"above τ = {self.threshold:.3f}: searched with τ = {threshold:.3f}"
+        )
+
+    def _certified(self, refinement: Refinement, probe: NoiseProbe, threshold: float, bars: Progress) -> dict[str, Any]:
+        with bars.task("certificate", len(refinement.neurons)) as advance:
+            certificate = certify(refinement.neurons, probe, threshold, on_trial=lambda: advance(1))
+        return {
+            "score_after": refinement.remaining,
+            "threshold_used": threshold,
+            "neurons": refinement.neurons,
+            "certificate": certificate,
+        }
 
     def _stages(self, hidden: Tensor) -> Stages | None:
         """Where the U-Net can be entered, found out once; None for one that torch.compile has wrapped."""

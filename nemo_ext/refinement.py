@@ -112,6 +112,83 @@ def refine_exhaustive(
     return Refinement(neurons, probe.remaining(neurons))
 
 
+def refine_guided(
+    ranked: Callable[[Sequence[int]], Sequence[tuple[str, int]]],
+    probe: Probe,
+    threshold: float,
+    *,
+    on_trial: Callable[[], None] | None = None,
+) -> Refinement:
+    """A smallest set of neurons that is enough, from the front of an order that puts the most effective ones first.
+
+    The shortest prefix of the order that is enough is found by doubling and bisecting; its last neuron is needed. With
+    that one off the rest of the prefix is searched in the same way, until the neurons found are enough by themselves:
+    some k log n trials for k of n neurons. Neurons that later ones have made needless come on again. All this sees the
+    likeliest seed alone; the set is then checked on all kept seeds, and where one of them is still above τ, the search
+    is made anew with that seed as well. The set is enough, at τ or below, and 1-minimal: any one neuron on again leaves
+    τ or more.
+
+    Args:
+        ranked: for seeds, which only ever become more: every neuron that may be switched off, as (layer name, index),
+            in the order of their effect on these seeds.
+        probe: tells the remaining memorization.
+        threshold: τ.
+        on_trial: called after every trial.
+
+    Returns:
+        The neurons left; all of them, with a remaining memorization above τ, where not even that is enough.
+    """
+    seeds = list(probe.likeliest())
+
+    def enough(pairs: Sequence[tuple[str, int]]) -> bool:
+        remaining = probe.remaining(_as_set(pairs), enough=threshold, seeds=seeds)
+        if on_trial is not None:
+            on_trial()
+        return remaining <= threshold
+
+    while enough(order := ranked(seeds)):
+        neurons = _as_set(_without_needless(_shortest(order, enough), probe, threshold, seeds))
+        remaining = probe.remaining(neurons, enough=threshold)
+        if remaining <= threshold:
+            return Refinement(neurons, remaining)
+        seeds += probe.likeliest()
+    everything = _as_set(order)
+    return Refinement(everything, probe.remaining(everything))
+
+
+def _shortest(
+    order: Sequence[tuple[str, int]], enough: Callable[[Sequence[tuple[str, int]]], bool]
+) -> list[tuple[str, int]]:
+    """A set that is enough, and whose every neuron was needed when it was taken; all of `order` is known to be."""
+    found: list[tuple[str, int]] = []
+    while not (found and enough(found)):
+        few, many, size = 0, len(order), 1
+        while size < many and not enough([*found, *order[:size]]):
+            few, size = size, 2 * size
+        many = min(size, many)
+        while many - few > 1:
+            middle = (few + many) // 2
+            if enough([*found, *order[:middle]]):
+                many = middle
+            else:
+                few = middle
+        found.append(order[many - 1])
+        order = order[: many - 1]
+    return found
+
+
+def _without_needless(
+    found: Sequence[tuple[str, int]], probe: Probe, threshold: float, seeds: Sequence[int]
+) -> list[tuple[str, int]]:
+    """Switch on again, the least effective first, whatever leaves these seeds below τ, until nothing does."""
+    left = list(found)
+    for pair in found:
+        fewer = [other for other in left if other != pair]
+        if probe.remaining(_as_set(fewer), enough=_just_below(threshold), seeds=seeds) < threshold:
+            return _without_needless(fewer, probe, threshold, seeds)
+    return left
+
+
 def certify(
     neurons: NeuronSet, probe: Probe, threshold: float, *, on_trial: Callable[[], None] | None = None
 ) -> Certificate:
@@ -137,6 +214,13 @@ def certify(
         below_threshold=score <= threshold,
         minimal=all(row.score >= threshold for row in each_on),
     )
+
+
+def _as_set(pairs: Sequence[tuple[str, int]]) -> NeuronSet:
+    layers: dict[str, list[int]] = {}
+    for layer, index in pairs:
+        layers.setdefault(layer, []).append(index)
+    return NeuronSet(layers)
 
 
 def _just_below(threshold: float) -> float:

@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
-from nemo_ext.layers import evaluating, model_fingerprint
+from nemo_ext.layers import evaluating, model_fingerprint, value_layers
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import patched
+from nemo_ext.patching import patched, scaled_rows
 from nemo_ext.progress import ProgressLike, open_progress
 from nemo_ext.stages import Row, Stages, is_compiled
 from nemo_ext.statistics import check_prompts, encode_prompts, name_of_model
@@ -206,6 +206,7 @@ def noise_differences(
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
     guidance: tuple[float, Tensor] | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (section 3.3).
 
@@ -221,6 +222,7 @@ def noise_differences(
             many.
         guidance: (g, embedding of the empty prompt [1, T, K]) for ε(y) + g (ε("") − ε(y)), which
             takes two U-Net samples for each latent; None: none.
+        differentiable: whether autograd is to follow.
 
     Returns:
         [S, C, H, W] float32 on the U-Net's device; a channel without any difference is 0.
@@ -251,7 +253,7 @@ def noise_differences(
         return alpha.sqrt() * output.float() + (1 - alpha).sqrt() * part
 
     parts = []
-    with evaluating(pipe):
+    with evaluating(pipe), torch.set_grad_enabled(differentiable):
         for part in x.split(batch_size):
             noise = predicted(hidden, part)
             if guidance is not None:
@@ -393,12 +395,15 @@ class MemorizationScore:
 class Probe(typing.Protocol):
     """What the searches need to know of a model: one number for a set of neurons."""
 
-    def remaining(self, neurons: NeuronSet, enough: float | None = None) -> float:
-        """The remaining memorization with these neurons off, and no others.
+    def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: Sequence[int] | None = None) -> float:
+        """The remaining memorization with these neurons off, and no others; of these seeds, or of all that are kept.
 
         Where `enough` is given and the remaining memorization is above it, any number above it that is not above the
         remaining memorization will do.
         """
+
+    def likeliest(self) -> tuple[int, ...]:
+        """Seeds to try a set on first: one, or all where a seed by itself says nothing."""
 
 
 class NoiseProbe:
@@ -483,14 +488,19 @@ class NoiseProbe:
         self._remembered.clear()
         return self.kept_seeds
 
-    def remaining(self, neurons: NeuronSet, enough: float | None = None) -> float:
+    def likeliest(self) -> tuple[int, ...]:
+        """The kept seed that was highest last; all kept seeds where a seed's similarity depends on the others."""
+        return tuple(self._likeliest_first if self.protocol.data_range is None else self._likeliest_first[:1])
+
+    def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: Sequence[int] | None = None) -> float:
         """The highest similarity, over kept seeds, of δ with these neurons off and untouched δ (3.6).
 
         Args:
             neurons: what to switch off, and nothing else; none: 1 without an evaluation.
             enough: a number above which any will do. The seed that was highest last is evaluated first, and the others
-                only if it is not above; the first one found above is returned. Where an inferred data range makes a
+                only if it is not above; the highest found is returned. Where an inferred data range makes a
                 seed's similarity depend on the others all are evaluated, and so they are on a compiled U-Net.
+            seeds: kept seeds to look at instead of all.
 
         Raises:
             NemoError: no seed is kept, or noise that isn't finite.
@@ -499,20 +509,59 @@ class NoiseProbe:
             raise NemoError("no seed is kept: the prompt isn't memorized, nothing can remain")
         if len(neurons) == 0:
             return 1.0
-        order = self._likeliest_first
+        limit = math.inf if enough is None else enough
+        order = [seed for seed in self._likeliest_first if seeds is None or seed in seeds]
         known = self._remembered.setdefault(neurons, {})
         together = enough is None or self.protocol.data_range is None or is_compiled(self.pipe.unet)
-        for seeds in [order] if together else [order[:1], order[1:]]:
-            known |= self._similarities([seed for seed in seeds if seed not in known], neurons, enough)
-            above = next((seed for seed in seeds if enough is not None and known[seed] > enough), None)
-            if above is not None:
-                order.remove(above)
-                order.insert(0, above)
-                return known[above]
-        order.sort(key=lambda seed: -known[seed])
-        return known[order[0]]
+        # Nobody first: what is known already may be enough.
+        for group in ([], order) if together else ([], order[:1], order[1:]):
+            known |= self._similarities([seed for seed in group if seed not in known], neurons, limit)
+            highest = max((seed for seed in order if seed in known), key=lambda seed: known[seed], default=None)
+            if highest is not None and known[highest] > limit:
+                self._likeliest_first.remove(highest)
+                self._likeliest_first.insert(0, highest)
+                return known[highest]
+        if seeds is None:
+            self._likeliest_first.sort(key=lambda seed: -known[seed])
+        return max(known[seed] for seed in order)
 
-    def _similarities(self, seeds: Sequence[int], neurons: NeuronSet, enough: float | None) -> dict[int, float]:
+    def effects(self, layers: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """How much each neuron of some layers takes away from the remaining memorization, to first order.
+
+        The derivative of these seeds' similarities with respect to each neuron's scale, with all of them at ½: at 1 a
+        similarity has its maximum and no slope, and at 0 nothing may be left that could change. Each latent goes
+        forward, and back, which counts as two more.
+
+        Args:
+            layers: names of value layers.
+            seeds: some of the seeds.
+
+        Returns:
+            Layer name -> [N] float32: the larger, the more is gained by switching the neuron off.
+        """
+        modules = value_layers(self.pipe, layers)
+        total = {layer: torch.zeros(module.out_features) for layer, module in modules.items()}
+        for seed in seeds:
+            untouched = self.untouched[[seed]]
+            scales = {
+                layer: module.weight.new_full((1, module.out_features), 0.5, dtype=torch.float32).requires_grad_()
+                for layer, module in modules.items()
+            }
+            start, row = self._held.entry_before(seed, layers)
+            # For a compiled U-Net a backward pass would be another compilation.
+            with patched(self.pipe), torch.compiler.set_stance("force_eager"):
+                with scaled_rows(self.pipe, scales), self._held.running(start, [row]):
+                    difference = noise_differences(
+                        self.pipe, self.hidden, self.latents[[seed]], self.protocol, batch_size=1, differentiable=True
+                    )
+                value = similarity(untouched, difference, self.protocol)
+                gradients = torch.autograd.grad(value.sum(), list(scales.values()))
+            self.unet_samples += 3 * self._held.share(start)
+            for layer, gradient in zip(scales, gradients, strict=True):
+                total[layer] += gradient[0].cpu()
+        return total
+
+    def _similarities(self, seeds: Sequence[int], neurons: NeuronSet, limit: float) -> dict[int, float]:
         """Each seed's similarity of δ with these neurons off and untouched δ, evaluated now."""
         if not seeds:
             return {}
@@ -522,7 +571,7 @@ class NoiseProbe:
         values = dict(zip(seeds, similarity(untouched, blocked, self.protocol).tolist(), strict=True))
         for seed, row in zip(seeds, rows, strict=True):
             # A set that fails is not tried again, and the next one differs from what it was made from.
-            if enough is None or values[seed] <= enough:
+            if values[seed] <= limit:
                 self._held.keep(seed, neurons, row)
         return values
 
@@ -577,6 +626,13 @@ class _HeldRows:
             return None, {}
         self._rows[seed].move_to_end(held)
         return start, self._rows[seed][held]
+
+    def entry_before(self, seed: int, layers: Sequence[str]) -> tuple[int | None, Row]:
+        """The first of some layers as a place to enter, with a row for it, while no neuron is off."""
+        start, row = self.entry(seed, NeuronSet())
+        if self._stages is None or start is None:
+            return None, {}
+        return min(start, *(place for place, layer in enumerate(self._stages.layers) if layer in layers)), row
 
     def keep(self, seed: int, neurons: NeuronSet, row: Row) -> None:
         """Hold a row."""

@@ -15,9 +15,12 @@ class FakeProbe:
         self.score = score
         self.asked: list[NeuronSet] = []
 
-    def remaining(self, neurons: NeuronSet, enough: float | None = None) -> float:
+    def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: object = None) -> float:
         self.asked.append(neurons)
         return self.score(neurons)
+
+    def likeliest(self) -> tuple[int, ...]:
+        return (0,)
 
 
 def additive(weights: dict[tuple[str, int], float]) -> Score:
