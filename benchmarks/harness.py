@@ -51,7 +51,9 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; one keeps other work out of the ratios")
     parser.add_argument("--quick", action="store_true", help="the smallest measurement that says something")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write BENCHMARK-DEVICE.csv and .png there")
-    parser.add_argument("--compare", type=Path, metavar="CSV", help="print how much faster this is than an older run")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLDER", help="a CSV of --out's, or with python -m its DIR: print ratios to it"
+    )
     return parser
 
 
@@ -80,7 +82,7 @@ class Run:
         self.name = name
         self.keys = tuple(keys)
         self.rows: list[Row] = []
-        self.facts = facts_of_run(self.device, self.arguments.threads)
+        self.facts = facts_of_run(self.device, self.arguments.threads) | {"keys": " ".join(keys)}
         self._columns = (*self.keys, *shown)
         print(", ".join(f"{fact} {value}" for fact, value in self.facts.items() if value != ""))
         print(format_row(dict(zip(self._columns, self._columns, strict=True)), self._columns), flush=True)
@@ -104,7 +106,7 @@ class Run:
         if self.arguments.out:
             plot(panels, self.facts, self.path("png"))
         if self._older:
-            compare([self.facts | row for row in self.rows], self._older, self.keys)
+            compare([self.facts | row for row in self.rows], self._older)
 
 
 def alternate(
@@ -251,28 +253,29 @@ def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
     pyplot.close(figure)
 
 
-def compare(rows: Sequence[Row], older: Sequence[Row], keys: Sequence[str], column: str = "median_ms") -> None:
+def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    """What tells a row from the others; as text, which a file gives back as it was."""
+    return tuple(str(row.get(name, "")) for name in names)
+
+
+def compare(rows: Sequence[Row], older: Sequence[Row], column: str = "median_ms") -> None:
     """Print, for each measurement of both runs, the older one's `column` over this one's: above 1 is faster now."""
-
-    def key(row: Row) -> tuple[str, ...]:
-        return tuple(str(row.get(name, "")) for name in keys)
-
     for fact in CIRCUMSTANCES:
         now, then = str(rows[0][fact]), older[0].get(fact, "")
         if now != then:
             print(f"warning: {fact} was '{then}' and is '{now}': the ratios are not of the code alone")
-    before = {key(row): row for row in older}
-    columns = (*keys, "then", "now", "then/now")
+    names = rows[0]["keys"].split()
+    before = {key(row, names): row for row in older if row.get(column)}
+    columns = (*names, "then", "now", "then/now")
     print(f"\n{column} at {older[0].get('commit', '')} and at {rows[0]['commit']}")
     print(format_row(dict(zip(columns, columns, strict=True)), columns))
     for row in rows:
-        then = before.pop(key(row), {}).get(column)
         now = row.get(column)
-        if then and now:
-            ratio = float(then) / now
-            print(format_row({**row, "then": float(then), "now": now, "then/now": ratio}, columns))
+        if now and key(row, names) in before:
+            then = float(before.pop(key(row, names))[column])
+            print(format_row({**row, "then": then, "now": now, "then/now": then / now}, columns))
         elif now:
-            print(f"only now: {' '.join(key(row))}")
+            print(f"only now: {' '.join(key(row, names))}")
     for missing in before:
         print(f"only then: {' '.join(missing)}")
 
