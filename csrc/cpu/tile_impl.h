@@ -182,11 +182,16 @@ int64_t panel_size(const Projection& p) {
   return units(p) * kWidth;
 }
 
-bool reads_in_place(const Projection& p) {
-  if (p.hidden_strides[2] != 1) return false;
-  return p.element == Element::Float32 ||
-         (in_pairs(p) && p.in_features % 2 == 0 && p.hidden_strides[1] % 2 == 0 &&
-          p.hidden_strides[0] % 2 == 0 && reinterpret_cast<uintptr_t>(p.hidden) % 4 == 0);
+// Whether a matrix whose rows lie `row_stride` elements apart can be read as units where it is.
+inline bool is_of_units(const Projection& p, const void* base, int64_t row_stride, int64_t stride) {
+  if (stride != 1) return false;
+  return p.element == Element::Float32 || (in_pairs(p) && p.in_features % 2 == 0 && row_stride % 2 == 0 &&
+                                           reinterpret_cast<uintptr_t>(base) % 4 == 0);
+}
+
+inline bool reads_in_place(const Projection& p) {
+  return is_of_units(p, p.hidden, p.hidden_strides[1], p.hidden_strides[2]) &&
+         (!in_pairs(p) || p.hidden_strides[0] % 2 == 0);
 }
 
 int64_t scratch_size(const Projection& p) {
@@ -197,31 +202,44 @@ void pack(const Projection& p, int64_t panel, float* packed) {
   constexpr int kStep = 64;  // units of a row that are moved at a time
   float rows[kWidth][kStep];
   const int64_t per_unit = in_pairs(p) ? 2 : 1;
+  const bool in_place = is_of_units(p, p.weight, p.weight_strides[0], p.weight_strides[1]) &&
+                        (panel + 1) * kWidth <= p.out_features;
   for (int64_t begin = 0; begin < units(p); begin += kStep) {
     const int64_t count = units(p) - begin < kStep ? units(p) - begin : kStep;
-    for (int64_t lane = 0; lane < kWidth; ++lane) {
-      const int64_t neuron = panel * kWidth + lane;
-      if (neuron >= p.out_features) {
-        for (int64_t i = 0; i < count; ++i) rows[lane][i] = 0;
-        continue;
-      }
-      const int64_t first = begin * per_unit;
+    const int64_t first = begin * per_unit;
+    const float* source = rows[0];
+    int64_t stride = kStep;
+    if (in_place) {
+      source = static_cast<const float*>(offset(p, p.weight, panel * kWidth * p.weight_strides[0] + first));
+      stride = p.weight_strides[0] / per_unit;
+    } else {
       const int64_t left = p.in_features - first;
-      copy_units(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
-                 p.weight_strides[1], left < count * per_unit ? left : count * per_unit, rows[lane]);
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
+        const int64_t neuron = panel * kWidth + lane;
+        if (neuron < p.out_features) {
+          copy_units(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
+                     p.weight_strides[1], left < count * per_unit ? left : count * per_unit, rows[lane]);
+        } else {
+          __builtin_memset(rows[lane], 0, sizeof rows[lane]);
+        }
+      }
     }
     float* target = packed + begin * kWidth;
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       for (int half = 0; half < kWidth; half += kLanes) {
         Vector square[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) square[lane] = load(rows[half + lane] + i);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          square[lane] = load(source + (half + lane) * stride + i);
+          // The same place in the next panel: rows are too short for the hardware to see where they go on.
+          __builtin_prefetch(source + (half + lane + kWidth) * stride + i, 0, 2);
+        }
         swap_blocks<1>(square, AllLanes{});
         for (int unit = 0; unit < kLanes; ++unit) store(target + (i + unit) * kWidth + half, square[unit]);
       }
     }
     for (; i < count; ++i) {
-      for (int64_t lane = 0; lane < kWidth; ++lane) target[i * kWidth + lane] = rows[lane][i];
+      for (int64_t lane = 0; lane < kWidth; ++lane) target[i * kWidth + lane] = source[lane * stride + i];
     }
   }
 }
