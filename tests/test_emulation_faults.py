@@ -36,8 +36,8 @@ FAULTS = {
     ),
     "no bound on the rows that are read": (
         "check",
-        "p_.hidden_strides[2], first + row < end);",
-        "p_.hidden_strides[2], true);",
+        "first + row - slot * kSlotRows < rows);",
+        "true);",
     ),
     "no bound on the neurons that are read": (
         "check",
@@ -78,7 +78,7 @@ FAULTS = {
     ),
     "no barrier of the warp before the sums are read": (
         "thread",
-        "  sync_warp();  // the sums were written by other lanes\n",
+        "  sync_warp();  // the sums were written by other lanes; until they are again, all threads have met\n",
         "",
     ),
     "the running count written by every block": (

@@ -187,3 +187,12 @@ NEMO_EXT_DEVICE float absolute(float value) {
 #else
 #include "csrc/emulation/primitives.h"
 #endif
+
+namespace nemo_ext::cuda {
+
+// The compiler moves no load or store past it.
+NEMO_EXT_DEVICE void keep_order() {
+  asm volatile("" ::: "memory");
+}
+
+}  // namespace nemo_ext::cuda

@@ -35,15 +35,15 @@ class Device {
   int multiprocessors_;
 };
 
-// The kernels count 80-row pieces of prompts in 32 bits, blocks along a grid too.
+// The kernels count prompts, tokens, features, neurons and 80-row pieces of prompts in 32 bits.
 void check_size(const Sizes& sizes) {
   constexpr int64_t kMost = int64_t(1) << 30;
   const int64_t pieces = ceil_divide(sizes.tokens, kSlotRows);
-  if (sizes.batch > kMost || (pieces > 0 && sizes.batch > kMost / pieces)) {
-    fail("hidden must have at most 2**30 pieces of ", kSlotRows, " tokens on CUDA, got [", sizes.batch, ", ",
-         sizes.tokens, ", ", sizes.in_features, "]");
+  if (sizes.tokens > kMost || sizes.in_features > kMost || sizes.batch > kMost ||
+      (pieces > 0 && sizes.batch > kMost / pieces)) {
+    fail("hidden must have at most 2**30 tokens, features, and pieces of ", kSlotRows,
+         " tokens on CUDA, got [", sizes.batch, ", ", sizes.tokens, ", ", sizes.in_features, "]");
   }
-  if (sizes.in_features > kMost) fail("in_features must be at most 2**30 on CUDA, got ", sizes.in_features);
 }
 
 Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -21,11 +21,10 @@ constexpr int kChunkBytes = 16;  // what one thread copies at a time
 constexpr int kRowTiles = kSlotRows / 16;
 constexpr int kLaneRows = kSlotRows / 8;  // of which a lane holds some columns
 
-// Tokens [first_token, first_token + rows) of one prompt; no rows where the work does not fill the last
+// Tokens [first_token, first_token + rows) of one prompt; rows is -1 where the work does not fill the last
 // round.
 struct Piece {
-  int64_t prompt, first_token;
-  int rows;
+  int prompt, first_token, rows;
 };
 
 // Pieces are counted in 32 bits (the launch code refuses more), because a division in 64 is a function call.
@@ -38,7 +37,7 @@ NEMO_EXT_DEVICE Piece piece_of(const Projection& p, int round, int slot, int chu
     prompt = index / chunks;
     chunk = index % chunks;
   }
-  Piece piece{prompt, int64_t(chunk) * kSlotRows, 0};
+  Piece piece{prompt, chunk * kSlotRows, -1};
   if (prompt < p.batch) {
     const int64_t left = p.tokens - piece.first_token;
     piece.rows = static_cast<int>(left < kSlotRows ? left : kSlotRows);
@@ -57,7 +56,7 @@ NEMO_EXT_DEVICE Extent extent_of(const Projection& p) {
   const int pieces = static_cast<int>(p.batch) * (p.reduces_over_tokens() ? 1 : chunks);
   const int steps = static_cast<int>(ceil_divide(p.in_features, Tile::kStepFeatures));
   return {(ceil_divide(pieces, Tile::kSlots) - block_index_y() - 1) / grid_size_y() + 1,
-          p.reduces_over_tokens() ? chunks : 1,
+          p.reduces_over_tokens() && chunks > 0 ? chunks : 1,
           // A projection of no features is still its bias: one step of zeros.
           steps > 0 ? steps : 1};
 }
@@ -76,7 +75,7 @@ NEMO_EXT_DEVICE uint32_t weight_chunk(int row, int chunk) {
 template <typename Tile>
 class Loader {
  public:
-  NEMO_EXT_DEVICE Loader(const Projection& p, const Extent& extent, int64_t first_column)
+  NEMO_EXT_DEVICE Loader(const Projection& p, const Extent& extent, int first_column)
       : p_(p), extent_(extent), first_column_(first_column) {
     const int64_t columns = p.out_features - first_column;
     columns_ = static_cast<int>(columns < Tile::kColumns ? columns : Tile::kColumns);
@@ -99,10 +98,11 @@ class Loader {
 
   // Thread t copies chunk t % 4 of rows t / 4, t / 4 + kRowsAtOnce, …
   NEMO_EXT_DEVICE void find_rows() {
+    rows_ = 0;
 #pragma unroll
     for (int slot = 0; slot < Tile::kSlots; ++slot) {
       const Piece piece = piece_of<Tile>(p_, round_, slot, chunk_);
-      end_[slot] = slot * kSlotRows + piece.rows;
+      rows_ |= static_cast<uint32_t>(piece.rows > 0 ? piece.rows : 0) << (8 * slot);
       first_[slot] =
           static_cast<const Element*>(p_.hidden) + piece.prompt * p_.hidden_strides[0] +
           (piece.first_token + thread_index() / kRowChunks - slot * kSlotRows) * p_.hidden_strides[1];
@@ -134,12 +134,14 @@ class Loader {
       const int high = low < Tile::kSlots - 1 ? (first + kRowsAtOnce - 1) / kSlotRows : low;
       const bool in_high = low != high && first + row >= high * kSlotRows;
       const Element* source = (in_high ? first_[high] : first_[low]) + first * p_.hidden_strides[1];
-      const int end = in_high ? end_[high] : end_[low];
-      copy(hidden + first * Tile::kStepBytes, source, feature, p_.hidden_strides[2], first + row < end);
+      const int slot = in_high ? high : low;
+      const int rows = static_cast<int>(rows_ >> (8 * slot) & 0xff);
+      copy(hidden + first * Tile::kStepBytes, source, feature, p_.hidden_strides[2],
+           first + row - slot * kSlotRows < rows);
     }
     const uint32_t weight = stage + Tile::kRows * Tile::kStepBytes + weight_chunk(row, chunk);
     const Element* source =
-        static_cast<const Element*>(p_.weight) + (first_column_ + row) * p_.weight_strides[0];
+        static_cast<const Element*>(p_.weight) + int64_t(first_column_ + row) * p_.weight_strides[0];
 #pragma unroll
     for (int first = 0; first < Tile::kColumns; first += kRowsAtOnce) {
       copy(weight + first * Tile::kStepBytes, source + first * p_.weight_strides[0], feature,
@@ -164,11 +166,11 @@ class Loader {
 
   const Projection& p_;
   const Extent extent_;
-  const int64_t first_column_;
+  const int first_column_;
   int columns_;  // of the block that exist
   int round_ = 0, chunk_ = 0, step_ = 0;
   const Element* first_[Tile::kSlots];  // this thread's first row, as if it were of that slot
-  int end_[Tile::kSlots];               // the first row of the block that the slot does not have
+  uint32_t rows_;                       // of each slot, a byte for each
 };
 
 // The sums of one warp. Tiles of columns come in pairs: of the 16 neurons of pair j, column c of tile 2j + h
@@ -246,18 +248,28 @@ struct Right<float, kPairs> {
       high[i] = word.high;
       low[i] = word.low;
     }
+    // Tile by tile, so that no product waits for the one before.
+    float step[2 * kPairs][4] = {};
 #pragma unroll
     for (int tile = 0; tile < 2 * kPairs; ++tile) {
-      const Split& first = words[tile / 2][tile % 2 * 2];
-      const Split& second = words[tile / 2][tile % 2 * 2 + 1];
-      float step[4] = {0, 0, 0, 0};
-      multiply_add_tf32(step, low, first.high, second.high);
-      multiply_add_tf32(step, high, first.low, second.low);
-      multiply_add_tf32(step, high, first.high, second.high);
+      multiply_add_tf32(step[tile], low, first(tile).high, second(tile).high);
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[tile][i] += step[i];
+    for (int tile = 0; tile < 2 * kPairs; ++tile) {
+      multiply_add_tf32(step[tile], high, first(tile).low, second(tile).low);
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2 * kPairs; ++tile) {
+      multiply_add_tf32(step[tile], high, first(tile).high, second(tile).high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[tile][i] += step[tile][i];
     }
   }
+
+ private:
+  // The two registers of a tile's fragment.
+  NEMO_EXT_DEVICE const Split& first(int tile) const { return words[tile / 2][tile % 2 * 2]; }
+  NEMO_EXT_DEVICE const Split& second(int tile) const { return words[tile / 2][tile % 2 * 2 + 1]; }
 };
 
 // One stage into the sums of the warp that owns rows of `slot` and columns from `warp_column` on.
@@ -293,9 +305,9 @@ NEMO_EXT_DEVICE void multiply(int stage, int slot, int warp_column, Sums<Tile>& 
 template <typename Tile>
 struct Place {
   int lane, slot, warp_column;
-  int64_t first_neuron;  // of the warp
+  int first_neuron;  // of the warp
 
-  NEMO_EXT_DEVICE explicit Place(int64_t first_column)
+  NEMO_EXT_DEVICE explicit Place(int first_column)
       : lane(thread_index() % kWarpSize),
         slot(thread_index() / kWarpSize / Tile::kColumnWarps),
         warp_column(thread_index() / kWarpSize % Tile::kColumnWarps * Tile::kWarpColumns),
@@ -340,9 +352,9 @@ NEMO_EXT_DEVICE void finish_piece(const Projection& p, const Place<Tile>& place,
 #pragma unroll
   for (int pair = 0; pair < Sums<Tile>::kPairs; ++pair) {
     const int column = 16 * pair + place.lane % 4 * 4;
-    const int64_t neuron = place.first_neuron + column;
-    const int64_t left = p.out_features - neuron;
-    const int neurons = static_cast<int>(left < 0 ? 0 : left < 4 ? left : 4);
+    const int neuron = place.first_neuron + column;
+    const int left = static_cast<int>(p.out_features) - neuron;
+    const int neurons = left < 0 ? 0 : left < 4 ? left : 4;
     if (p.bias) {
       float bias[4];
 #pragma unroll
@@ -367,12 +379,14 @@ NEMO_EXT_DEVICE void finish_piece(const Projection& p, const Place<Tile>& place,
         const Element* gradient = static_cast<const Element*>(p.gradient) + first_value + neuron;
 #pragma unroll
         for (int row = 0; row < kLaneRows; ++row) {
+          keep_order();  // or the loads of all rows would wait in registers
+          if (first_row + 8 * row < piece.rows) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (first_row + 8 * row < piece.rows && i < neurons) {
-              total[i] += sums.at(row, pair, i) * to_float(load_global(gradient + row * stride + i));
+            for (int i = 0; i < 4; ++i) {
+              if (i < neurons) total[i] += sums.at(row, pair, i) * to_float(load_global(gradient + i));
             }
           }
+          gradient += stride;
         }
       }
       Vector<float, 4> all;
@@ -390,7 +404,7 @@ NEMO_EXT_DEVICE void finish_piece(const Projection& p, const Place<Tile>& place,
     }
     if (p.values && neurons > 0) {
       float scale[4] = {1, 1, 1, 1};
-      if (p.scale && piece.rows > 0) {
+      if (p.scale && piece.rows >= 0) {
         const float* source = p.scale + piece.prompt * p.scale_batch_stride + neuron;
 #pragma unroll
         for (int i = 0; i < 4; ++i) scale[i] = i < neurons ? load_global(source + i) : 0;
@@ -420,11 +434,11 @@ NEMO_EXT_DEVICE void finish_piece(const Projection& p, const Place<Tile>& place,
 // One prompt's sums over tokens, complete: out as the activation, which enters the slot's running mean and
 // m2, or as the gradient of the scale. Each lane takes columns lane, lane + 32, …, the same for every prompt.
 template <typename Tile>
-NEMO_EXT_DEVICE void finish_prompt(const Projection& p, const Place<Tile>& place, int64_t prompt,
-                                   int64_t round, int tokens) {
-  sync_warp();  // the sums were written by other lanes
+NEMO_EXT_DEVICE void finish_prompt(const Projection& p, const Place<Tile>& place, int prompt, int round,
+                                   int tokens) {
+  sync_warp();  // the sums were written by other lanes; until they are again, all threads have met
   for (int column = place.lane; column < Tile::kWarpColumns; column += kWarpSize) {
-    const int64_t neuron = place.first_neuron + column;
+    const int neuron = place.first_neuron + column;
     if (neuron >= p.out_features) continue;
     const float sum = load_shared<float>(place.shared(Tile::kSums, column));
     if (p.scale_gradient) {
@@ -442,7 +456,6 @@ NEMO_EXT_DEVICE void finish_prompt(const Projection& p, const Place<Tile>& place
     store_shared(mean, moments.mean);
     store_shared(m2, moments.m2);
   }
-  sync_warp();  // and are about to be written again
 }
 
 // The slot's mean and m2, for the merge. Its prompts are partial, partial + partials, …: see
@@ -452,7 +465,7 @@ NEMO_EXT_DEVICE void write_partial(const Projection& p, const Place<Tile>& place
   const int64_t partial = block_index_y() * Tile::kSlots + place.slot;
   if (partial >= p.batch) return;
   for (int column = place.lane; column < Tile::kWarpColumns; column += kWarpSize) {
-    const int64_t neuron = place.first_neuron + column;
+    const int neuron = place.first_neuron + column;
     if (neuron >= p.out_features) continue;
     const int64_t target = partial * p.out_features + neuron;
     store_global(p.partial_mean + target, load_shared<float>(place.shared(Tile::kMeans, column)));
@@ -463,7 +476,7 @@ NEMO_EXT_DEVICE void write_partial(const Projection& p, const Place<Tile>& place
 template <typename Tile>
 NEMO_EXT_KERNEL(Tile::kThreads, Tile::kBlocks)
 project(const Projection p) {
-  const int64_t first_column = int64_t(block_index_x()) * Tile::kColumns;
+  const int first_column = block_index_x() * Tile::kColumns;
   const Place<Tile> place(first_column);
   const Extent extent = extent_of<Tile>(p);
   Loader<Tile> loader(p, extent, first_column);
@@ -491,7 +504,7 @@ project(const Projection p) {
       const uint32_t counted = counted_rows(p, piece, place.lane);
       finish_piece<Tile>(p, place, piece, sums, counted, chunk == 0);
       if (p.activation) tokens += sum_over_rows(count_bits(counted));
-      if (p.reduces_over_tokens() && chunk == extent.chunks - 1 && piece.rows) {
+      if (p.reduces_over_tokens() && chunk == extent.chunks - 1 && piece.rows >= 0) {
         finish_prompt<Tile>(p, place, piece.prompt, round, tokens);
       }
     }
