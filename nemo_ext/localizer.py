@@ -286,15 +286,11 @@ class Localizer:
         """All searched neurons in the order of their effect, and what of them is needed."""
         widths = {layer: self.statistics.widths[layer] for layer in self.layers}
         pairs = [(layer, index) for layer, width in widths.items() for index in range(width)]
-        effects = torch.zeros(len(pairs))
-        seen: set[int] = set()
 
         def ranked(seeds: Sequence[int]) -> list[tuple[str, int]]:
-            new = [seed for seed in seeds if seed not in seen]
-            seen.update(new)
-            for_new = probe.effects(self.layers, new)
-            effects.add_(torch.cat([for_new[layer] for layer in self.layers]))
-            return [pairs[rank] for rank in effects.sort(descending=True, stable=True).indices.tolist()]
+            effects = probe.effects(self.layers, seeds)
+            ranks = torch.cat([effects[layer] for layer in self.layers]).sort(descending=True, stable=True).indices
+            return [pairs[rank] for rank in ranks.tolist()]
 
         floor, threshold, notes = None, self.threshold, []
         with bars.task("guided search") as advance:

@@ -125,12 +125,12 @@ def refine_guided(
     that one off the rest of the prefix is searched in the same way, until the neurons found are enough by themselves:
     some k log n trials for k of n neurons. Neurons that later ones have made needless come on again. All this sees the
     likeliest seed alone; the set is then checked on all kept seeds, and where one of them is still above τ, the search
-    is made anew with that seed as well. The set is enough, at τ or below, and 1-minimal: any one neuron on again leaves
-    τ or more.
+    is made anew with that seed as well, in the order of the effects on it. The set is enough, at τ or below, and
+    1-minimal: any one neuron on again leaves τ or more.
 
     Args:
-        ranked: for seeds, which only ever become more: every neuron that may be switched off, as (layer name, index),
-            in the order of their effect on these seeds.
+        ranked: every neuron that may be switched off, as (layer name, index), in the order of their effect on the
+            seeds given.
         probe: tells the remaining memorization.
         threshold: τ.
         on_trial: called after every trial.
@@ -138,7 +138,8 @@ def refine_guided(
     Returns:
         The neurons left; all of them, with a remaining memorization above τ, where not even that is enough.
     """
-    seeds = list(probe.likeliest())
+    hardest = probe.likeliest()
+    seeds = list(hardest)
 
     def enough(pairs: Sequence[tuple[str, int]]) -> bool:
         remaining = probe.remaining(_as_set(pairs), enough=threshold, seeds=seeds)
@@ -146,12 +147,13 @@ def refine_guided(
             on_trial()
         return remaining <= threshold
 
-    while enough(order := ranked(seeds)):
+    while enough(order := ranked(hardest)):
         neurons = _as_set(_without_needless(_shortest(order, enough), probe, threshold, seeds))
         remaining = probe.remaining(neurons, enough=threshold)
         if remaining <= threshold:
             return Refinement(neurons, remaining)
-        seeds += probe.likeliest()
+        hardest = probe.likeliest()
+        seeds += hardest
     everything = _as_set(order)
     return Refinement(everything, probe.remaining(everything))
 
@@ -181,11 +183,14 @@ def _without_needless(
     found: Sequence[tuple[str, int]], probe: Probe, threshold: float, seeds: Sequence[int]
 ) -> list[tuple[str, int]]:
     """Switch on again, the least effective first, whatever leaves these seeds below τ, until nothing does."""
+
+    def needless(pair: tuple[str, int]) -> bool:
+        fewer = _as_set([other for other in left if other != pair])
+        return probe.remaining(fewer, enough=_just_below(threshold), seeds=seeds) < threshold
+
     left = list(found)
-    for pair in found:
-        fewer = [other for other in left if other != pair]
-        if probe.remaining(_as_set(fewer), enough=_just_below(threshold), seeds=seeds) < threshold:
-            return _without_needless(fewer, probe, threshold, seeds)
+    while (pair := next(filter(needless, left), None)) is not None:
+        left.remove(pair)
     return left
 
 

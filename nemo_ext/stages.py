@@ -62,8 +62,8 @@ class Stages:
             hidden: any text embedding, [1, T, K].
 
         Returns:
-            None where it can't be: torch.compile would compile every change of a module anew, and a value layer that
-            is not called exactly once has no "before".
+            None where it can't be: torch.compile would compile every change of a module anew, a value layer that is not
+            called exactly once has no "before", and what is changed in place later is not what a module returned.
         """
         if is_compiled(unet):
             return None
@@ -101,7 +101,8 @@ class Stages:
         with torch.no_grad(), _forwards(watched, watch), counter:
             unet(sample, 1, encoder_hidden_states=hidden.to(weight).expand(2, -1, -1))
         once = [call for call in calls if sum(other.name == call.name for other in calls) == 1]
-        if not set(layers) <= {call.name for call in once}:
+        changed = any(_versions(call.output) != call.versions for call in calls)
+        if changed or not set(layers) <= {call.name for call in once}:
             return None
         usable = [call for call in once if call.name in layers or call.can_be_replayed()]
         return cls(unet, usable, layers, counter.get_total_flops())
@@ -153,13 +154,12 @@ class _Call:
     versions: tuple[int, ...]
 
     def can_be_replayed(self) -> bool:
-        """Whether it saves anything, has rows, and nothing changed its output in place afterwards."""
+        """Whether it saves anything, and has the two rows of the batch in all that it returned."""
         tensors = _tensors(self.output)
         return (
             self.flops > 0
             and tensors is not None
             and all(tensor.dim() > 0 and tensor.shape[0] == 2 for tensor in tensors)
-            and _versions(self.output) == self.versions
         )
 
     @property

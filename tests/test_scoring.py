@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import random
 from pathlib import Path
 
 import numpy
@@ -13,9 +15,10 @@ from tiny_pipeline import DOWN_AND_MID, Planted, planted_pipeline, tiny_pipeline
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from nemo_ext import scoring
 from nemo_ext.errors import NemoError
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import is_patched, patched
+from nemo_ext.patching import is_patched, patched, scaled_rows
 from nemo_ext.scoring import (
     NoiseProbe,
     Protocol,
@@ -27,6 +30,7 @@ from nemo_ext.scoring import (
     similarity,
     similarity_scales,
 )
+from nemo_ext.stages import Stages
 from nemo_ext.statistics import encode_prompts
 
 FIRST, *_, MID = DOWN_AND_MID
@@ -408,6 +412,116 @@ class TestNoiseProbe:
         assert probe.keep_above(1.0) == ()
         with pytest.raises(NemoError, match="no seed is kept"):
             probe.remaining(planted.neurons)
+
+    @pytest.mark.parametrize("seed", range(30))
+    def test_stopping_early_decides_as_the_maximum_does(
+        self, planted: Planted, seed: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On random similarities, asked in any order, with thresholds that are some seed's similarity exactly."""
+        rng = random.Random(seed)
+        probe = self.probe(planted, seeds=5)
+        sets = [NeuronSet({MID: [index]}) for index in range(12)]
+        table = {neurons: [rng.randrange(8) / 8 for _ in range(5)] for neurons in sets}
+        evaluated: list[tuple[NeuronSet, int]] = []
+
+        def similarities(seeds: list[int], neurons: NeuronSet, limit: float) -> dict[int, float]:
+            evaluated.extend((neurons, s) for s in seeds)
+            return {s: table[neurons][s] for s in seeds}
+
+        monkeypatch.setattr(probe, "_similarities", similarities)
+        for neurons in rng.choices(sets, k=40):
+            threshold = rng.randrange(9) / 8
+            exact = max(table[neurons])
+            assert (probe.remaining(neurons, enough=threshold) <= threshold) == (exact <= threshold)
+            below = math.nextafter(threshold, -math.inf)
+            assert (probe.remaining(neurons, enough=below) < threshold) == (exact < threshold)
+            assert probe.remaining(neurons, enough=threshold) <= exact
+            if rng.random() < 0.3:
+                assert probe.remaining(neurons) == exact
+        assert len(set(evaluated)) == len(evaluated)
+
+    def test_the_seed_that_was_highest_last_is_evaluated_first(
+        self, planted: Planted, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        probe = self.probe(planted, seeds=4)
+        calls: list[list[int]] = []
+
+        def similarities(seeds: list[int], neurons: NeuronSet, limit: float) -> dict[int, float]:
+            if seeds:
+                calls.append(list(seeds))
+            return {s: 0.9 if s == 2 else 0.1 for s in seeds}
+
+        monkeypatch.setattr(probe, "_similarities", similarities)
+        for index in range(3):
+            assert probe.remaining(NeuronSet({MID: [index]}), enough=0.5) == 0.9
+        assert calls == [[0], [1, 2, 3], [2], [2]]
+        assert probe.likeliest() == (2,)
+
+    def test_entering_late_changes_nothing_but_the_cost(self, planted: Planted) -> None:
+        rng = random.Random(0)
+        layers = list(DOWN_AND_MID)
+        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+        with patched(planted.pipe):
+            whole = NoiseProbe(planted.pipe, hidden, seeds=2, protocol=PAPER)
+            stages = Stages.of(planted.pipe.unet, layers, hidden)
+            late = NoiseProbe(planted.pipe, hidden, seeds=2, protocol=PAPER, stages=stages)
+            assert torch.equal(late.untouched, whole.untouched)
+            for _ in range(12):
+                neurons = NeuronSet({layer: [rng.randrange(16)] for layer in rng.sample(layers, 2)})
+                assert late.remaining(neurons) == pytest.approx(whole.remaining(neurons), abs=1e-6)
+        assert late.unet_samples < 0.9 * whole.unet_samples
+
+    def test_neurons_of_layers_without_an_entry_are_not_taken_for_none(self, planted: Planted) -> None:
+        """The search's only layer is the last one; a neuron before it changes what comes in there."""
+        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+        with patched(planted.pipe):
+            stages = Stages.of(planted.pipe.unet, [MID], hidden)
+            probes = [NoiseProbe(planted.pipe, hidden, seeds=2, protocol=PAPER, stages=s) for s in (stages, None)]
+            late, whole = ([probe.untouched, probe.remaining(planted.neurons)][1] for probe in probes)
+        assert late == pytest.approx(whole, abs=1e-6)
+
+    @pytest.mark.parametrize("held", [0, 2])
+    def test_memory_for_earlier_runs_changes_the_cost_alone(
+        self, planted: Planted, held: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+        with patched(planted.pipe):
+            stages = Stages.of(planted.pipe.unet, list(DOWN_AND_MID), hidden)
+            assert stages is not None
+            monkeypatch.setattr(scoring, "HELD_BYTES", held * 2 * stages.row_bytes)
+            probe = NoiseProbe(planted.pipe, hidden, seeds=2, protocol=PAPER, stages=stages)
+            sets = [NeuronSet({MID: [index]}) for index in (0, 30, 31)]
+            remaining = [probe.score().max, *map(probe.remaining, sets)]
+            expected = NoiseProbe(planted.pipe, hidden, seeds=2, protocol=PAPER)
+            assert remaining == pytest.approx([expected.score().max, *map(expected.remaining, sets)], abs=1e-6)
+        assert (probe.unet_samples == expected.unet_samples) == (held == 0)
+
+    def test_effects_are_the_slope_of_the_similarity_at_half(self, planted: Planted) -> None:
+        probe = self.probe(planted, seeds=2)
+        layers = list(DOWN_AND_MID)
+        effects = probe.effects(layers, [1])
+        assert probe.unet_samples == 2 + 3
+        half = {layer: torch.full((1, width), 0.5) for layer, width in DOWN_AND_MID.items()}
+        step = 1e-2
+        for layer, index in list(planted.neurons.pairs())[:2]:
+            values = []
+            for sign in (-1, 1):
+                half[layer][0, index] = 0.5 + sign * step
+                with patched(planted.pipe), scaled_rows(planted.pipe, half):
+                    delta = noise_differences(planted.pipe, probe.hidden, probe.latents[[1]], PAPER)
+                values.append(similarity(probe.untouched[[1]], delta, PAPER).item())
+            half[layer][0, index] = 0.5
+            slope = (values[1] - values[0]) / (2 * step)
+            assert effects[layer][index].item() == pytest.approx(slope, rel=0.05, abs=1e-4)
+
+    def test_effects_leave_no_gradient_behind(self, planted: Planted) -> None:
+        probe = self.probe(planted, seeds=2)
+        effects = probe.effects([MID], [0, 1])
+        assert {layer: (list(values.shape), values.requires_grad) for layer, values in effects.items()} == {
+            MID: ([DOWN_AND_MID[MID]], False)
+        }
+        assert all(parameter.grad is None for parameter in planted.pipe.unet.parameters())
+        assert not is_patched(planted.pipe)
 
     def test_too_small_latents_are_refused_before_the_unet_is_evaluated(self) -> None:
         pipe = tiny_pipeline()

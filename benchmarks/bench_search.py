@@ -1,0 +1,128 @@
+"""Localizing the demo's memorized captions: both searches against the published procedure, U-Net samples and time.
+
+Run `python benchmarks/bench_search.py [--prompts N] [--quick] [--threads N] [--out DIR] [--compare CSV]`. The plain
+search is baseline_search.py. A caption's three searches run one after the other. Then the results are held against
+each other: the exhaustive search must find the plain one's neurons; and every set must be what its certificate says,
+measured with the plain implementation.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from functools import partial
+from typing import Any
+
+from baseline_search import PlainSearch
+from harness import Panel, Row, Run, parser, timed
+
+from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
+from nemo_ext.demo.run import MODEL, STATISTICS_PROMPTS, STATISTICS_TITLES, load_demo_pipeline
+from nemo_ext.localizer import Localization, Localizer
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.statistics import collect_statistics
+
+SEARCHES = ("exhaustive", "guided")
+#: How far rounding may move a similarity from one batch to another.
+ROUNDING = 1e-4
+
+
+def check(found: Localization, plain: PlainSearch) -> None:
+    """The certificate holds, by the plain implementation."""
+    certificate = found.certificate
+    assert certificate is not None
+    assert found.threshold_used == plain.threshold
+    score = plain.remaining(found.prompt, found.neurons)
+    if not (certificate.below_threshold and score <= plain.threshold + ROUNDING):
+        raise AssertionError(f"{found.search}, '{found.prompt}': score {score}, above τ = {plain.threshold}")
+    if found.search == "guided":
+        assert certificate.minimal
+    for row in certificate.each_on:
+        without = found.neurons - NeuronSet({row.layer: [row.index]})
+        with_it_on = plain.remaining(found.prompt, without) if len(without) else 1.0
+        if (row.score >= plain.threshold) != (with_it_on >= plain.threshold) or row.score > with_it_on + ROUNDING:
+            raise AssertionError(
+                f"{found.search}, '{found.prompt}', {row.layer} {row.index}: certified {row.score}, is {with_it_on}"
+            )
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Totals, and medians over captions of the ratios."""
+    found = []
+    for what in ("plain", *SEARCHES):
+        of_one = [row for row in rows if row["what"] == what]
+        sums = {name: sum(row[name] for row in of_one) for name in ("median_ms", "unet_samples", "neurons")}
+        found.append({"what": what, "caption": "all", **sums})
+        medians = {
+            name: statistics.median(row[name] for row in of_one) for name in ("over_plain", "samples_over_plain")
+        }
+        found.append({"what": what, "caption": "median", **medians})
+    plain = found[0]
+    for row in found[::2]:
+        row["over_plain"] = plain["median_ms"] / row["median_ms"]
+        row["samples_over_plain"] = plain["unet_samples"] / row["unet_samples"]
+    return found
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--prompts", type=int, default=len(MEMORIZED), metavar="N", help="captions (default: all)")
+    run = Run(
+        "bench_search",
+        options,
+        keys=("what", "caption"),
+        shown=("neurons", "unet_samples", "samples_over_plain", "median_ms", "over_plain"),
+    )
+    pipe: Any = load_demo_pipeline().to(run.device)
+    captions = [caption for _, caption in ordinary_captions(STATISTICS_PROMPTS, seed=2024)]
+    collected = collect_statistics(pipe, holdout_captions(captions, STATISTICS_TITLES, seed=2024))
+    threshold = json.loads((MODEL / "figures.json").read_text())["scores"]["threshold"]
+    plain = PlainSearch(pipe, collected, threshold)
+    localizers = {
+        search: Localizer(pipe, statistics=collected, threshold=threshold, search=search) for search in SEARCHES
+    }
+    for localizer in localizers.values():  # find out once where the U-Net can be entered
+        localizer.localize(captions[0])
+    chosen = [MEMORIZED[2], MEMORIZED[14]] if run.quick else MEMORIZED[: run.arguments.prompts]
+    for what in chosen:
+        before = plain.unet_samples
+        taken, neurons = timed(partial(plain.search, what.caption), run.device)
+        rows = {"plain": (taken, neurons, plain.unet_samples - before)}
+        results = []
+        for search, localizer in localizers.items():
+            taken, found = timed(partial(localizer.localize, what.caption), run.device)
+            rows[search] = (taken, found.neurons, found.unet_samples)
+            results.append(found)
+        assert rows["exhaustive"][1] == neurons, f"'{what.caption}': {rows['exhaustive'][1]} instead of {neurons}"
+        for found in results:
+            check(found, plain)
+        for name, (taken, neurons, samples) in rows.items():
+            run.add(
+                {
+                    "what": name,
+                    "caption": what.name,
+                    "neurons": len(neurons),
+                    "unet_samples": float(samples),
+                    "samples_over_plain": rows["plain"][2] / samples,
+                    "median_ms": taken,
+                    "over_plain": rows["plain"][0] / taken,
+                }
+            )
+    for row in summary(run.rows):
+        run.add(row)
+    captions_only = [
+        {**row, "plain_samples": plain_row["unet_samples"]}
+        for row in run.rows
+        for plain_row in run.rows
+        if plain_row["what"] == "plain" and plain_row["caption"] == row["caption"] not in ("all", "median")
+    ]
+    run.finish(
+        [
+            Panel("U-Net samples of a caption", captions_only, x="plain_samples", y="unet_samples"),
+            Panel("time of a caption", captions_only, x="plain_samples"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
