@@ -20,6 +20,7 @@ import argparse
 import csv
 import importlib.metadata
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -78,6 +79,7 @@ class Run:
         # Read now, so that a wrong path is said before the work and not after it.
         self._older = read_csv(self.arguments.compare) if self.arguments.compare else []
         torch.set_num_threads(self.arguments.threads)
+        os.environ["RAYON_NUM_THREADS"] = str(self.arguments.threads)  # the tokenizers', read when they begin
         torch.manual_seed(0)
         self.name = name
         self.keys = tuple(keys)
