@@ -28,13 +28,13 @@ LAYERS = {
     2048: (640, 1280),  # Stable Diffusion XL
 }
 SHAPES = {  # (batch, in_features, out_features)
-    "cpu": [(batch, 768, width) for width in (320, 640, 5760) for batch in (1, 8, 64)],
+    "cpu": [(batch, 768, width) for width in (320, 640, 5760) for batch in (1, 8, 64, 256)],
     "cuda": [(batch, text, width) for text, widths in LAYERS.items() for width in widths for batch in (8, 64, 256)],
 }
 QUICK_SHAPES = [(8, 768, 640)]
 
 KEYS = ("what", "dtype", "batch", "tokens", "in_features", "out_features")
-SHOWN = ("median_ms", "tflops", "of_matmul", "gbs", "of_copy", "over_linear", "over_eager")
+SHOWN = ("median_ms", "tflops", "of_matmul", "gbs", "of_copy", "over_linear", "over_onednn", "over_eager")
 
 
 class Inputs(NamedTuple):
@@ -187,12 +187,19 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
         torch.set_float32_matmul_precision("high")
         calls["linear_tf32"] = over(compared["linear"].call, inputs)
         torch.set_float32_matmul_precision("highest")
+    if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # A faster product than `linear`, which calls MKL.
+        compared["onednn"] = Side(
+            lambda i: torch.ops.mkldnn._linear_pointwise(i.hidden, i.weight, None, "none", [], ""), True, False
+        )
+        calls["onednn"] = over(compared["onednn"].call, inputs)
     batch, in_features, out_features = shape
     flop = 2 * batch * TOKENS * in_features * out_features
     times = alternate(calls, device=device, verify=lambda _: verify(inputs[0]), seconds=seconds)
     of_one = {name: [taken / len(inputs) for taken in of_all] for name, of_all in times.items()}
     rows = []
-    for name, row in measured(of_one, baselines=["linear", "eager"]).items():
+    baselines = [name for name in ("linear", "onednn", "eager") if name in calls]
+    for name, row in measured(of_one, baselines).items():
         size = dtype.itemsize * in_features * (batch * TOKENS + out_features)
         size += compared[name].values * dtype.itemsize * batch * TOKENS * out_features
         size += compared[name].activation * 4 * batch * out_features
@@ -236,6 +243,8 @@ def main() -> None:
             run.add(row)
         for shape in QUICK_SHAPES if run.quick else SHAPES[run.device]:
             for dtype in DTYPES:
+                if run.device == "cpu" and dtype == torch.float16 and shape[0] > 64:
+                    continue  # PyTorch's product would take seconds
                 for row in measure_shape(shape, dtype, run.device, seconds=1 if run.quick else 3):
                     relate(row, copy, matmuls)
                     run.add(row)
