@@ -46,8 +46,8 @@ class Certificate:
         score: remaining memorization with the set off.
         each_on: for every neuron of the set, the score with that one on again.
         below_threshold: whether `score` is not above τ.
-        minimal: whether every neuron is needed, no `each_on` below τ (1-minimality). The exhaustive
-            search does not promise it: a neuron kept early can become needless through later ones.
+        minimal: whether every neuron is needed, no `each_on` below τ (1-minimality). The guided search promises it, the
+            exhaustive one does not: a neuron kept early can become needless through later ones.
     """
 
     threshold: float

@@ -121,11 +121,11 @@ def test_demo_same_neurons_true_certificates_less_work(
 ) -> None:
     pipe, statistics = demo
     prompt = MEMORIZED[which].caption
-    plain = PlainSearch(pipe, statistics, DEMO_THRESHOLD)
+    plain = PlainSearch(pipe, statistics, DEMO_THRESHOLD, seeds=5)
     expected = plain.search(prompt)
     spent = plain.unet_samples
     exhaustive, guided = (
-        Localizer(pipe, statistics=statistics, threshold=DEMO_THRESHOLD, search=search).localize(prompt)
+        Localizer(pipe, statistics=statistics, threshold=DEMO_THRESHOLD, seeds=5, search=search).localize(prompt)
         for search in ("exhaustive", "guided")
     )
     assert exhaustive.neurons == expected
