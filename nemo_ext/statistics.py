@@ -4,15 +4,15 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from nemo_ext import ops
 from nemo_ext.atomic import replacing
@@ -299,29 +299,37 @@ def _warn_of_truncation(tokenizer: Any, texts: list[str], attention_mask: Tensor
         warnings.warn(f"cut to {attention_mask.shape[1]} tokens: '{cut[0]}'{others}", stacklevel=4)
 
 
-class _OwnLinear(TorchFunctionMode):
-    """Runs linear layers on the CPU through `ops.value_projection`: the same up to rounding, and faster.
+@contextmanager
+def _own_linears(text_encoder: nn.Module) -> Iterator[None]:
+    """Run the linear layers that are on the CPU through `ops.value_projection`: the same up to rounding, and faster.
 
     They are nearly all of the text encoder's work. Padding cannot be left out of it: the padded tokens have a part in
     every activation, and what they encode to depends on the prompt.
     """
+    # What has a forward of its own, such as accelerate's for offloading, or weights that are quantized keeps them.
+    replaced = [
+        module
+        for module in text_encoder.modules()
+        if type(module) is nn.Linear and "forward" not in vars(module) and all(map(_is_plain, module.parameters()))
+    ]
+    try:
+        for module in replaced:
+            vars(module)["forward"] = partial(_project, module)
+        yield
+    finally:
+        for module in replaced:
+            vars(module).pop("forward", None)
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is linear and not kwargs and all(map(_is_plain, args)):
-            return ops.value_projection(*args)
-        return function(*args, **(kwargs or {}))
+
+def _project(module: nn.Linear, hidden: Tensor) -> Tensor:
+    return ops.value_projection(hidden, module.weight, module.bias)
 
 
-def _is_plain(argument: Any) -> bool:
-    """Whether the operator takes it: no bias, or a tensor on the CPU that isn't quantized, of a supported dtype."""
-    if argument is None:
-        return True
+def _is_plain(parameter: Tensor) -> bool:
     return (
-        type(argument) in (Tensor, torch.nn.Parameter)
-        and argument.device.type == "cpu"
-        and argument.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        type(parameter) is nn.Parameter
+        and parameter.device.type == "cpu"
+        and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16)
     )
 
 
@@ -346,7 +354,7 @@ def collect_statistics(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    batch_size: int = 64,
+    batch_size: int = 32,
     layers: str | Sequence[str] = "down+mid",
     progress: ProgressLike = None,
 ) -> ActivationStatistics:
@@ -379,7 +387,7 @@ def collect_statistics(
         open_progress(progress) as bars,
         bars.task("statistics", len(texts)) as advance,
         evaluating(pipe),
-        _OwnLinear(),
+        _own_linears(pipe.text_encoder),
     ):
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]

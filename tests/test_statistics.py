@@ -19,7 +19,7 @@ from nemo_ext.layers import ValueStack, value_layers
 from nemo_ext.patching import patched
 from nemo_ext.statistics import (
     ActivationStatistics,
-    _OwnLinear,
+    _own_linears,
     collect_statistics,
     encode_prompts,
     prompt_activations,
@@ -106,7 +106,7 @@ class TestCollect:
             collect_statistics(pipe, prompts)
 
 
-class TestOwnLinear:
+class TestOwnLinears:
     """`collect_statistics` encodes text with the operator in place of PyTorch's linear layers."""
 
     @pytest.fixture
@@ -136,7 +136,7 @@ class TestOwnLinear:
         with torch.no_grad():
             theirs = demo.text_encoder(tokens.input_ids)[0]
             assert not calls
-            with _OwnLinear():
+            with _own_linears(demo.text_encoder):
                 ours = demo.text_encoder(tokens.input_ids)[0]
             assert calls
             exact = demo.text_encoder.double()(tokens.input_ids)[0]
@@ -144,14 +144,33 @@ class TestOwnLinear:
         assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + rounding
 
     def test_leaves_weights_that_are_no_plain_tensors_to_pytorch(self, calls: list[torch.Tensor]) -> None:
-        class Quantized(torch.Tensor):
+        class Quantized(torch.nn.Parameter):
             pass
 
         linear = torch.nn.Linear(4, 3)
-        linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Quantized))
-        with _OwnLinear():
+        linear.weight = Quantized(linear.weight)
+        with _own_linears(linear):
             linear(torch.zeros(2, 4))
         assert not calls
+
+    def test_leaves_layers_with_a_forward_of_their_own_alone(self, calls: list[torch.Tensor]) -> None:
+        linear = torch.nn.Linear(4, 3)
+        linear.forward = own = lambda hidden: hidden
+        with _own_linears(linear):
+            linear(torch.zeros(2, 4))
+        assert not calls
+        assert linear.forward is own
+
+    def test_ends_with_the_collection_also_after_an_error(
+        self, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise NemoError("no")
+
+        monkeypatch.setattr(ValueStack, "activations", fail)
+        with pytest.raises(NemoError, match="no"):
+            collect_statistics(pipe, PROMPTS)
+        assert not any("forward" in vars(module) for module in pipe.text_encoder.modules())
 
     def test_leaves_float64_to_pytorch(self, calls: list[torch.Tensor]) -> None:
         exact = tiny_pipeline()
