@@ -8,6 +8,10 @@ from typing import Any
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.scoring import Probe
 
+# Of the guided search: how many neurons at the front of a good order are enough, and how many orders are tried.
+_FRONT = 8
+_ORDERS = 3
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -125,8 +129,9 @@ def refine_guided(
     that one off the rest of the prefix is searched in the same way, until the neurons found are enough by themselves:
     some k log n trials for k of n neurons. Neurons that later ones have made needless come on again. All this sees the
     likeliest seed alone; the set is then checked on all kept seeds, and where one of them is still above τ, the search
-    is made anew with that seed as well, in the order of the effects on it. The set is enough, at τ or below, and
-    1-minimal: any one neuron on again leaves τ or more.
+    is made anew with that seed as well, in the order of the effects on it. An order whose first few neurons are not
+    enough may be a seed's on which the effects say little: up to two others are asked for theirs. The set is enough, at
+    τ or below, and 1-minimal: any one neuron on again leaves τ or more.
 
     Args:
         ranked: every neuron that may be switched off, as (layer name, index), in the order of their effect on the
@@ -148,6 +153,10 @@ def refine_guided(
         return remaining <= threshold
 
     while enough(order := ranked(hardest)):
+        asked = list(hardest)
+        while len(asked) < _ORDERS and not enough(order[:_FRONT]) and (others := probe.likeliest(besides=asked)):
+            order = ranked(others)
+            asked += others
         neurons = _as_set(_without_needless(_shortest(order, enough), probe, threshold, seeds))
         remaining = probe.remaining(neurons, enough=threshold)
         if remaining <= threshold:

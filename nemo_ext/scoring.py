@@ -402,8 +402,8 @@ class Probe(typing.Protocol):
         remaining memorization will do.
         """
 
-    def likeliest(self) -> tuple[int, ...]:
-        """Seeds to try a set on first: one, or all where a seed by itself says nothing."""
+    def likeliest(self, besides: Sequence[int] = ()) -> tuple[int, ...]:
+        """Seeds to try a set on first: one besides those given, or all where a seed by itself says nothing."""
 
 
 class NoiseProbe:
@@ -488,9 +488,10 @@ class NoiseProbe:
         self._remembered.clear()
         return self.kept_seeds
 
-    def likeliest(self) -> tuple[int, ...]:
-        """The kept seed that was highest last; all kept seeds where a seed's similarity depends on the others."""
-        return tuple(self._likeliest_first if self.protocol.data_range is None else self._likeliest_first[:1])
+    def likeliest(self, besides: Sequence[int] = ()) -> tuple[int, ...]:
+        """The kept seed that was highest last, but for some; all where a seed's similarity depends on the others."""
+        others = tuple(seed for seed in self._likeliest_first if seed not in besides)
+        return others if self.protocol.data_range is None else others[:1]
 
     def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: Sequence[int] | None = None) -> float:
         """The highest similarity, over kept seeds, of δ with these neurons off and untouched δ (3.6).

@@ -1,7 +1,7 @@
 """A probe without a model: the searches need one number for a set of neurons, so any function will do."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nemo_ext.neurons import NeuronSet
 
@@ -19,8 +19,8 @@ class FakeProbe:
         self.asked.append(neurons)
         return self.score(neurons)
 
-    def likeliest(self) -> tuple[int, ...]:
-        return (0,)
+    def likeliest(self, besides: Sequence[int] = ()) -> tuple[int, ...]:
+        return () if 0 in besides else (0,)
 
 
 def additive(weights: dict[tuple[str, int], float]) -> Score:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+from collections.abc import Sequence
 
 import pytest
 from fake_probe import FakeProbe, Score, additive, pairwise
@@ -153,8 +154,9 @@ class SeedsProbe:
             self.first = highest
         return values[highest]
 
-    def likeliest(self) -> tuple[int, ...]:
-        return (self.first,)
+    def likeliest(self, besides: Sequence[int] = ()) -> tuple[int, ...]:
+        order = sorted(range(len(self.scores)), key=lambda seed: seed != self.first)
+        return tuple(seed for seed in order if seed not in besides)[:1]
 
 
 PAIRS = [(layer, index) for layer in LAYERS for index in range(9)]
@@ -192,7 +194,15 @@ class TestGuided:
         probe = SeedsProbe([additive({(DOWN, 0): 0.8}), additive({(DOWN, 0): 0.3, (MID, 4): 0.3})])
         refinement = refine_guided(ranked, probe, 0.5)
         assert refinement.neurons == NeuronSet({DOWN: [0], MID: [4]})
-        assert ranked_for == [(0,), (1,)]
+        assert ranked_for == [(0,), (1,), (0,)]  # of the second seed's order the first eight were not enough
+
+    def test_another_seed_is_asked_where_the_front_of_an_order_is_not_enough(self) -> None:
+        """The first seed's effects put the one neuron that is needed last."""
+        orders = {0: PAIRS[::-1], 1: PAIRS}
+        probe = SeedsProbe([additive({PAIRS[0]: 0.8})] * 2)
+        refinement = refine_guided(lambda seeds: orders[seeds[0]], probe, 0.5)
+        assert refinement.neurons == NeuronSet({PAIRS[0][0]: [PAIRS[0][1]]})
+        assert len({neurons for neurons, _ in probe.trials} - {NeuronSet()}) == 4  # all, both fronts, the one
 
     @pytest.mark.parametrize("kind", ["monotone", "pairwise", "lawless"])
     @pytest.mark.parametrize("seed", range(20))
