@@ -241,11 +241,14 @@ def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
+    names = dict.fromkeys(row[panel.series] for panel in panels for row in panel.rows)
+    colors = {name: f"C{place}" for place, name in enumerate(names)}  # the same in every panel
     for axis, panel in zip(axes.flat, panels, strict=False):
         rows = [row for row in panel.rows if row.get(panel.y) not in (None, "")]
         for name in dict.fromkeys(row[panel.series] for row in rows):
             of_one = sorted((row for row in rows if row[panel.series] == name), key=lambda row: row[panel.x])
-            axis.plot([row[panel.x] for row in of_one], [row[panel.y] for row in of_one], "o-", label=name)
+            points = [row[panel.x] for row in of_one], [row[panel.y] for row in of_one]
+            axis.plot(*points, "o-", color=colors[name], label=name)
         axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
         if rows:
             axis.legend()
