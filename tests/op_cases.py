@@ -23,6 +23,7 @@ SIZES = (
     (17, 3, 16, 24),  # more prompts than a block, all that tiles divide
     (2, 5, 3, 17),
     (1, 160, 300, 50),  # several blocks of tokens and of in_features
+    (1, 12, 1030, 33),  # more in_features than the CPU kernels add up at a time, also in pairs
     (0, 77, 8, 4),
     (2, 0, 8, 4),
     (2, 3, 0, 4),

@@ -14,7 +14,7 @@ constexpr int kLanes = NEMO_EXT_LANES;
 constexpr int kRows = NEMO_EXT_ROWS;
 constexpr int kWidth = 2 * kLanes;
 constexpr int kTokens = 7 * kRows;  // tokens of one block: its copy of hidden stays in the L2 cache
-constexpr int kBlock = 256;  // terms that are added up before they join the total: bounds the rounding error
+constexpr int kBlock = 384;  // terms that are added up before they join the total: bounds the rounding error
 
 typedef float Vector __attribute__((vector_size(4 * NEMO_EXT_LANES)));
 typedef float UnalignedVector __attribute__((vector_size(4 * NEMO_EXT_LANES), aligned(4)));
@@ -137,10 +137,14 @@ inline Halves to_halves(Vector values) {
 
 // Round to nearest even; a NaN stays one.
 inline Halves to_bfloat16(Vector values) {
+#if defined(NEMO_EXT_BF16_DOT)
+  return (Halves)_mm512_cvtneps_pbh((__m512)values);
+#else
   const Bits bits = (Bits)values;
   const Bits nan = (Bits)(values != values);
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+#endif
 }
 
 // Copies `count` elements that lie `stride` apart, as units; the odd half of a last pair is 0.
@@ -400,6 +404,12 @@ void project_units(const Projection& p, const float* packed, int64_t prompt, int
         const int64_t steps = depth - k < kBlock ? depth - k : kBlock;
         for (int64_t token = 0; token < tokens; token += kRows) {
           const int64_t rows = tokens - token < kRows ? tokens - token : kRows;
+          if (in_place && panel + 1 == end) {  // fetches the same part of the next prompt
+            const float* next = hidden + p.hidden_strides[0] / (Pairs ? 2 : 1) + token * row_stride + k;
+            for (int64_t row = 0; row < rows; ++row) {
+              for (int64_t i = 0; i < steps; i += 16) __builtin_prefetch(next + row * row_stride + i, 0, 2);
+            }
+          }
           multiply_for<Pairs>(rows)(hidden + token * row_stride + k, row_stride, weight + k * kWidth, steps,
                                     total + token);
           if (k + steps == depth) {
