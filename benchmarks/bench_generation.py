@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from harness import Panel, Run, alternate, measured, parser
 from torch import Tensor, nn
 
-from benchmarks.harness import Panel, Run, alternate, measured, parser
 from nemo_ext.demo.captions import MEMORIZED
 from nemo_ext.demo.run import GUIDANCE, STEPS, load_demo_pipeline
 from nemo_ext.layers import value_layers

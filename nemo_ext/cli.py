@@ -245,7 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="WHICH",
         help="value layers to search: down+mid (default), all, or names with commas between them",
     )
-    _add_batch_size(stats, 64, "captions encoded at once")
+    _add_batch_size(stats, 32, "captions encoded at once")
 
     threshold = command("threshold", _threshold, "above which score a prompt counts as memorized", THRESHOLD)
     _add_model(threshold)
