@@ -1,4 +1,4 @@
-// Running moments, for host and device alike: Welford's update and Chan's merge.
+// Arithmetic for host and device alike; of running moments above all: Welford's update and Chan's merge.
 //
 // A sum of squares would cancel where the mean is large against the spread, which is what activations of one
 // neuron over ordinary prompts look like; neither function ever forms one.
@@ -38,6 +38,11 @@ NEMO_EXT_HOST_DEVICE inline void chan_merge(Moments<Real>& moments, const Moment
   moments.mean += difference * (Real(part.count) / total);
   moments.m2 += Real(part.m2) + difference * difference * (moments.count * Real(part.count) / total);
   moments.count = total;
+}
+
+template <typename Integer, typename Divisor>
+NEMO_EXT_HOST_DEVICE constexpr Integer ceil_divide(Integer dividend, Divisor divisor) {
+  return (dividend + divisor - 1) / divisor;
 }
 
 }  // namespace nemo_ext

@@ -68,25 +68,30 @@ thread_local Workspace workspace;
 // Floats of packed weight that stay in a core's L2 cache while all prompts pass by.
 constexpr int64_t kPackedSize = 512 * 1024 / sizeof(float);
 
+// Prompts next to whose product the time to pack a weight for them is small.
+constexpr int64_t kPromptsWorthPacking = 32;
+
 void run(const Projection& p) {
   if (p.batch == 0 || p.tokens == 0 || p.out_features == 0) return;
   const Variant& kernels = variant();
-  const int64_t panels = (p.out_features + kernels.panel_width - 1) / kernels.panel_width;
+  const int64_t panels = ceil_divide(p.out_features, kernels.panel_width);
   const int64_t panel_size = kernels.panel_size(p);
 
   // Every piece of work packs a group of panels and multiplies a part of the prompts with it. Several threads
-  // get smaller groups, and parts where these do not suffice; how the work is cut changes no result.
+  // get prompts of their own where these are many, for then no two of them write to the same pages of memory;
+  // and else smaller groups, and parts where these do not suffice. How the work is cut changes no result.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
   const int64_t fitting = std::max<int64_t>(1, kPackedSize / std::max<int64_t>(1, panel_size));
-  const int64_t groups = std::min(panels, std::max(wanted, (panels + fitting - 1) / fitting));
-  const int64_t parts = std::min(p.batch, (wanted + groups - 1) / groups);
-  const int64_t largest_group = (panels + groups - 1) / groups;
+  const int64_t own = std::clamp<int64_t>(p.batch / kPromptsWorthPacking, 1, threads);
+  const int64_t groups = std::min(panels, std::max(ceil_divide(wanted, own), ceil_divide(panels, fitting)));
+  const int64_t parts = std::min(p.batch, std::max(own, ceil_divide(wanted, groups)));
+  const int64_t largest_group = ceil_divide(panels, groups);
   parallel_for(0, groups * parts, 1, [&](int64_t first_piece, int64_t last_piece) {
     float* packed = workspace.at_least(largest_group * panel_size + kernels.scratch_size(p));
     float* scratch = packed + largest_group * panel_size;
     for (int64_t piece = first_piece; piece < last_piece; ++piece) {
-      const int64_t group = piece / parts, part = piece % parts;
+      const int64_t group = piece % groups, part = piece / groups;
       const int64_t begin = group * panels / groups, end = (group + 1) * panels / groups;
       for (int64_t panel = begin; panel < end; ++panel) {
         kernels.pack(p, panel, packed + (panel - begin) * panel_size);

@@ -35,11 +35,6 @@ struct Merge {
   double* m2;
 };
 
-template <typename Integer>
-NEMO_EXT_HOST_DEVICE constexpr Integer ceil_divide(Integer dividend, int divisor) {
-  return (dividend + divisor - 1) / divisor;
-}
-
 // A slot is the 80 rows that one warp owns: the 77 tokens of a CLIP text, or as much of a longer one, in five
 // tiles of mma's 16 rows. No prompt is shared by two slots, so that the sum over its tokens never leaves a
 // warp.
