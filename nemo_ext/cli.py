@@ -370,16 +370,16 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
         help="how scores are taken (default: paper)",
     )
     parser.add_argument("--seeds", type=_whole(2), default=10, metavar="N", help="seeds per prompt (default: 10)")
-    _add_batch_size(parser, 10, "U-Net samples at once")
+    _add_batch_size(parser, None, "U-Net samples at once", "as many as there is memory for, at most --seeds")
 
 
-def _add_batch_size(parser: argparse.ArgumentParser, default: int, meaning: str) -> None:
+def _add_batch_size(parser: argparse.ArgumentParser, default: int | None, meaning: str, chosen: str = "") -> None:
     parser.add_argument(
         "--batch-size",
         type=_whole(1),
         default=default,
         metavar="N",
-        help=f"{meaning}, changes speed and memory only (default: {default})",
+        help=f"{meaning}, changes speed and memory only (default: {chosen or default})",
     )
 
 

@@ -18,7 +18,7 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress, ProgressLike, open_progress
 from nemo_ext.refinement import Certificate, Refinement, certify, refine_exhaustive, refine_guided
-from nemo_ext.scoring import DEFAULT_BATCH_SIZE, NoiseProbe, Protocol, Threshold, check_unet
+from nemo_ext.scoring import NoiseProbe, Protocol, Threshold, check_unet, fitting_batch_size
 from nemo_ext.selection import initial_selection
 from nemo_ext.stages import Stages, is_compiled
 from nemo_ext.statistics import ActivationStatistics, check_prompts, encode_prompts
@@ -130,7 +130,7 @@ class Localizer:
             less work, for a set that need not be the paper's.
         protocol: None: `Protocol.paper()`.
         seeds: S ≥ 2.
-        batch_size: latents in one U-Net call.
+        batch_size: latents in one U-Net call; None: as for `NoiseProbe`, found out once.
         layers: which layers to search, as for `value_layers`; None: the statistics'.
 
     Raises:
@@ -147,7 +147,7 @@ class Localizer:
         search: str = "exhaustive",
         protocol: Protocol | None = None,
         seeds: int = 10,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | None = None,
         layers: str | Sequence[str] | None = None,
     ) -> None:
         if search not in SEARCHES:
@@ -165,7 +165,7 @@ class Localizer:
         statistics.check(pipe)
         if isinstance(threshold, Threshold):
             threshold.check(pipe, self.protocol, seeds)
-        self._known_stages: tuple[Any, Stages | None] | None = None
+        self._watched: tuple[Any, Stages | None, int] | None = None
         self.threshold = float(threshold)
         if not -1 <= self.threshold <= 1:
             raise NemoError(f"threshold must be a similarity, from -1 to 1, got {self.threshold}")
@@ -211,13 +211,14 @@ class Localizer:
     def _search(self, prompt: str, bars: Progress) -> dict[str, Any]:
         """The fields of a `Localization` that a search decides."""
         hidden = encode_prompts(self.pipe, [prompt])
+        stages, batch_size = self._watch(hidden)
         probe = NoiseProbe(
             self.pipe,
             hidden,
             seeds=self.seeds,
             protocol=self.protocol,
-            batch_size=self.batch_size,
-            stages=self._stages(hidden),
+            batch_size=batch_size,
+            stages=stages,
         )
         with bars.task("score", self.seeds) as advance:
             score = probe.score().max
@@ -325,16 +326,17 @@ class Localizer:
             "certificate": certificate,
         }
 
-    def _stages(self, hidden: Tensor) -> Stages | None:
-        """Where the U-Net can be entered, found out once; None for one that torch.compile has wrapped."""
+    def _watch(self, hidden: Tensor) -> tuple[Stages | None, int]:
+        """Where the U-Net can be entered, and how many latents it is given at once; found out once for each U-Net."""
         unet = self.pipe.unet
         check_unet(unet)
-        if is_compiled(unet):
-            return None
-        if self._known_stages is None or self._known_stages[0] is not unet:
+        known = self._watched
+        # A U-Net can be compiled in place meanwhile.
+        if known is None or known[0] is not unet or is_compiled(unet):
+            batch_size = fitting_batch_size(self.pipe, hidden) if self.batch_size is None else self.batch_size
             with evaluating(self.pipe):
-                self._known_stages = unet, Stages.of(unet, self.layers, hidden)
-        return self._known_stages[1]
+                self._watched = known = unet, Stages.of(unet, self.layers, hidden), batch_size
+        return known[1:]
 
     def localize_many(
         self,
@@ -419,7 +421,7 @@ def localize(
     search: str = "exhaustive",
     protocol: Protocol | None = None,
     seeds: int = 10,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     layers: str | Sequence[str] | None = None,
     progress: ProgressLike = None,
 ) -> Localization:

@@ -169,6 +169,33 @@ def patched(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, sc
 
 
 @contextmanager
+def patched_rows(pipe: Any, neurons: Sequence[NeuronSet]) -> Iterator[Any]:
+    """`patched` with a set of neurons for each row of the batch, which are off in that row alone.
+
+    Args:
+        pipe: a diffusers pipeline, or its U-Net.
+        neurons: B sets; each U-Net call in the block must have B rows.
+
+    Yields:
+        `pipe`.
+
+    Raises:
+        NemoError: as for `patch`.
+    """
+    first, *others = neurons
+    if all(row == first for row in others):
+        with patched(pipe, first):
+            yield pipe
+        return
+    layers = value_layers(pipe, "all")
+    rows = [_scales(layers, row, 0.0) for row in neurons]
+    touched = {layer for row in neurons for layer in row}
+    scales = {layer: torch.stack([row[layer][0] for row in rows]) for layer in layers if layer in touched}
+    with patched(pipe), scaled_rows(pipe, scales):
+        yield pipe
+
+
+@contextmanager
 def scaled_rows(pipe: Any, scales: Mapping[str, Tensor]) -> Iterator[Any]:
     """Give value layers a scale for each row of the batch, for the length of a block: many sets of neurons in one call.
 

@@ -1,12 +1,15 @@
 """Refinement: the candidates without which the image would come back, and the proof (design, 3.7)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.scoring import Probe
+
+#: Layer name and index.
+Neuron = tuple[str, int]
 
 # Of the guided search: how many neurons at the front of a good order are enough, and how many orders are tried.
 _FRONT = 8
@@ -96,28 +99,35 @@ def refine_exhaustive(
     """
     off = {layer: list(indices) for layer, indices in candidates.items() if indices}
 
-    def tolerated(trial: Mapping[str, list[int]]) -> bool:
-        remaining = probe.remaining(NeuronSet(trial), enough=_just_below(threshold))
-        if on_trial is not None:
-            on_trial()
-        return remaining < threshold
+    def switch_on(steps: Sequence[tuple[str, Sequence[int]]]) -> None:
+        nonlocal off
+        for number, step in enumerate(steps):
+            trial = _without(off, step)
+            # Most candidates turn out to be needless: the next trial will most likely start from this one.
+            ahead = [NeuronSet(_without(trial, next_step)) for next_step in steps[number + 1 : number + 2]]
+            remaining = probe.remaining(NeuronSet(trial), enough=_just_below(threshold), ahead=ahead)
+            if on_trial is not None:
+                on_trial()
+            if remaining < threshold:
+                off = trial
 
-    for layer in reversed(list(off)):
-        trial = {other: indices for other, indices in off.items() if other != layer}
-        if tolerated(trial):
-            off = trial
-    for layer in reversed(list(off)):
-        for index in list(off[layer]):
-            fewer = list(off[layer])
-            fewer.remove(index)
-            if tolerated({**off, layer: fewer}):
-                off[layer] = fewer
+    switch_on([(layer, off[layer]) for layer in reversed(off)])
+    switch_on([(layer, [index]) for layer in reversed(off) for index in off[layer]])
     neurons = NeuronSet(off)
     return Refinement(neurons, probe.remaining(neurons))
 
 
+def _without(off: Mapping[str, Sequence[int]], step: tuple[str, Sequence[int]]) -> dict[str, list[int]]:
+    """What stays off when some neurons of a layer are switched on: each index once for each time that it is given."""
+    left = {layer: list(indices) for layer, indices in off.items()}
+    layer, switched_on = step
+    for index in switched_on:
+        left[layer].remove(index)
+    return left
+
+
 def refine_guided(
-    ranked: Callable[[Sequence[int]], Sequence[tuple[str, int]]],
+    ranked: Callable[[Sequence[int]], Sequence[Neuron]],
     probe: Probe,
     threshold: float,
     *,
@@ -146,13 +156,13 @@ def refine_guided(
     hardest = probe.likeliest()
     seeds = list(hardest)
 
-    def enough(pairs: Sequence[tuple[str, int]]) -> bool:
-        remaining = probe.remaining(_as_set(pairs), enough=threshold, seeds=seeds)
+    def enough(pairs: Sequence[Neuron], *ahead: Sequence[Neuron]) -> bool:
+        remaining = probe.remaining(_as_set(pairs), enough=threshold, seeds=seeds, ahead=map(_as_set, ahead))
         if on_trial is not None:
             on_trial()
         return remaining <= threshold
 
-    while enough(order := ranked(hardest)):
+    while enough(order := ranked(hardest), order[:_FRONT], order[:1]):
         asked = list(hardest)
         while len(asked) < _ORDERS and not enough(order[:_FRONT]) and (others := probe.likeliest(besides=asked)):
             order = ranked(others)
@@ -167,14 +177,12 @@ def refine_guided(
     return Refinement(everything, probe.remaining(everything))
 
 
-def _shortest(
-    order: Sequence[tuple[str, int]], enough: Callable[[Sequence[tuple[str, int]]], bool]
-) -> list[tuple[str, int]]:
+def _shortest(order: Sequence[Neuron], enough: Callable[..., bool]) -> list[Neuron]:
     """A set that is enough, and whose every neuron was needed when it was taken; all of `order` is known to be."""
-    found: list[tuple[str, int]] = []
-    while not (found and enough(found)):
+    found: list[Neuron] = []
+    while not (found and enough(found, [*found, *order[:1]])):
         few, many, size = 0, len(order), 1
-        while size < many and not enough([*found, *order[:size]]):
+        while size < many and not enough([*found, *order[:size]], [*found, *order[: 2 * size]]):
             few, size = size, 2 * size
         many = min(size, many)
         while many - few > 1:
@@ -188,18 +196,17 @@ def _shortest(
     return found
 
 
-def _without_needless(
-    found: Sequence[tuple[str, int]], probe: Probe, threshold: float, seeds: Sequence[int]
-) -> list[tuple[str, int]]:
+def _without_needless(found: Sequence[Neuron], probe: Probe, threshold: float, seeds: Sequence[int]) -> list[Neuron]:
     """Switch on again, the least effective first, whatever leaves these seeds below τ, until nothing does."""
 
-    def needless(pair: tuple[str, int]) -> bool:
-        fewer = _as_set([other for other in left if other != pair])
-        return probe.remaining(fewer, enough=_just_below(threshold), seeds=seeds) < threshold
+    def needless(neuron: Neuron) -> bool:
+        later = left[left.index(neuron) :]
+        fewer, *ahead = (_as_set([other for other in left if other != one]) for one in later)
+        return probe.remaining(fewer, enough=_just_below(threshold), seeds=seeds, ahead=ahead) < threshold
 
     left = list(found)
-    while (pair := next(filter(needless, left), None)) is not None:
-        left.remove(pair)
+    while (neuron := next(filter(needless, left), None)) is not None:
+        left.remove(neuron)
     return left
 
 
@@ -216,9 +223,11 @@ def certify(
     """
     score = probe.remaining(neurons)
     each_on = []
-    for layer, index in neurons.pairs():
-        without = neurons - NeuronSet({layer: (index,)})
-        each_on.append(NeuronScore(layer, index, probe.remaining(without, enough=_just_below(threshold))))
+    trials = {pair: neurons - _as_set([pair]) for pair in neurons.pairs()}
+    ahead = list(trials.values())
+    for (layer, index), without in trials.items():
+        ahead.remove(without)
+        each_on.append(NeuronScore(layer, index, probe.remaining(without, enough=_just_below(threshold), ahead=ahead)))
         if on_trial is not None:
             on_trial()
     return Certificate(
@@ -230,9 +239,9 @@ def certify(
     )
 
 
-def _as_set(pairs: Sequence[tuple[str, int]]) -> NeuronSet:
+def _as_set(neurons: Iterable[Neuron]) -> NeuronSet:
     layers: dict[str, list[int]] = {}
-    for layer, index in pairs:
+    for layer, index in neurons:
         layers.setdefault(layer, []).append(index)
     return NeuronSet(layers)
 

@@ -8,7 +8,7 @@ import math
 import os
 import typing
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,16 +21,19 @@ from torch.nn import functional
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import evaluating, model_fingerprint, value_layers
+from nemo_ext.memory import free_bytes, rows_that_fit
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import patched, scaled_rows
+from nemo_ext.patching import patched, patched_rows, scaled_rows
 from nemo_ext.progress import ProgressLike, open_progress
-from nemo_ext.stages import Row, Stages, is_compiled
+from nemo_ext.stages import WHOLE, Row, Stages, is_compiled
 from nemo_ext.statistics import check_prompts, encode_prompts, name_of_model
 
 DEFAULT_BATCH_SIZE = 10
 
-#: Memory for what earlier runs of the U-Net left, in bytes: some 40 latents of Stable Diffusion 1 in float32.
+#: The most memory for what earlier runs of the U-Net left, in bytes: some 40 latents of Stable Diffusion 1 in float32.
 HELD_BYTES = 4 << 30
+#: And the part of the memory that is free when a prompt is begun.
+HELD_SHARE = 4
 
 # The protocol's fields that scores must share to be compared; seeds may be others, of the same number.
 _SCALE_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window_sigma", "threshold_guidance")
@@ -395,23 +398,47 @@ class MemorizationScore:
 class Probe(typing.Protocol):
     """What the searches need to know of a model: one number for a set of neurons."""
 
-    def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: Sequence[int] | None = None) -> float:
+    def remaining(
+        self,
+        neurons: NeuronSet,
+        enough: float | None = None,
+        seeds: Sequence[int] | None = None,
+        ahead: Iterable[NeuronSet] = (),
+    ) -> float:
         """The remaining memorization with these neurons off, and no others; of these seeds, or of all that are kept.
 
         Where `enough` is given and the remaining memorization is above it, any number above it that is not above the
-        remaining memorization will do.
+        remaining memorization will do. The sets `ahead` will probably be asked for next, the likeliest first; they are
+        a hint that changes no result.
         """
 
     def likeliest(self, besides: Sequence[int] = ()) -> tuple[int, ...]:
         """Seeds to try a set on first: one besides those given, or all where a seed by itself says nothing."""
 
 
+#: A seed, and the neurons that are off.
+_Trial = tuple[int, NeuronSet]
+
+
+def fitting_batch_size(pipe: Any, hidden: Tensor) -> int:
+    """Latents in one U-Net call where nobody said how many: what there is memory for, or ten if that can't be watched.
+
+    Args:
+        pipe: a pipeline.
+        hidden: any text embedding, [1, T, K].
+    """
+    if is_compiled(pipe.unet):
+        return DEFAULT_BATCH_SIZE
+    with evaluating(pipe):
+        return rows_that_fit(pipe.unet, hidden)
+
+
 class NoiseProbe:
     """One prompt on one pipeline: its score, and the remaining memorization of sets of neurons.
 
     The one place where searches evaluate the U-Net, and where evaluations are counted. Results are
-    remembered: asking for a set again costs nothing. The same seeds give the same numbers, and cost the same, on any
-    batch size but for rounding.
+    remembered: asking for a set again costs nothing. The same seeds give the same numbers on any batch size but for
+    rounding; a larger one has room for more trials ahead of their turn, some of them in vain.
 
     Args:
         pipe: a pipeline, left as it is after every call. Many calls are cheaper within
@@ -419,8 +446,9 @@ class NoiseProbe:
         hidden: the prompt's text embedding, [1, T, K].
         seeds: S ≥ 2.
         protocol: how to measure.
-        batch_size: latents in one U-Net call. A compiled U-Net always gets calls of one size, filled up with latents
-            whose noise is thrown away.
+        batch_size: latents in one U-Net call, at most `seeds`. None: as many as `memory.rows_that_fit` has room for, of
+            a compiled U-Net ten. A compiled U-Net always gets calls of one size, filled up with latents whose noise is
+            thrown away.
         guidance: as for `noise_differences`.
         stages: where the U-Net can be entered; then no neuron may be off outside `remaining`. None: all of it runs in
             every call.
@@ -439,7 +467,7 @@ class NoiseProbe:
         *,
         seeds: int = 10,
         protocol: Protocol,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | None = None,
         guidance: tuple[float, Tensor] | None = None,
         stages: Stages | None = None,
     ) -> None:
@@ -448,26 +476,30 @@ class NoiseProbe:
         self.pipe = pipe
         self.hidden = hidden
         self.protocol = protocol
-        self.batch_size = min(batch_size, seeds)
         self.guidance = guidance
         self.latents = initial_latents(pipe, seeds, protocol)
         height, width = self.latents.shape[-2:]
         # Known before anything is evaluated: latents can be too small for the window.
         self.scales = similarity_scales(height, width, protocol.window_sigma)
+        self.batch_size = min(seeds, fitting_batch_size(pipe, hidden) if batch_size is None else batch_size)
         self.kept_seeds = tuple(range(seeds))
         self.unet_samples = 0.0
         self._untouched: Tensor | None = None
         self._likeliest_first = list(self.kept_seeds)
         self._remembered: dict[NeuronSet, dict[int, float]] = {}
-        self._held = _HeldRows(stages, seeds)
+        self._held = _HeldRows(stages, seeds, min(HELD_BYTES, free_bytes(pipe.unet.device) // HELD_SHARE))
 
     @property
     def untouched(self) -> Tensor:
         """δ of every seed on the pipeline as it was at the first use, [S, C, H, W]."""
         if self._untouched is None:
-            self._untouched, rows = self._differences(range(len(self.latents)), NeuronSet())
-            for seed, row in enumerate(rows):
-                self._held.keep(seed, NeuronSet(), row)
+            parts = []
+            for seeds in torch.arange(len(self.latents)).split(self.batch_size):
+                found, rows = self._run(seeds.tolist(), WHOLE, [{}] * len(seeds))
+                parts.append(found)
+                for seed, row in zip(seeds.tolist(), rows, strict=True):
+                    self._held.keep(seed, NeuronSet(), row)
+            self._untouched = torch.cat(parts)
         return self._untouched
 
     def score(self) -> MemorizationScore:
@@ -493,15 +525,23 @@ class NoiseProbe:
         others = tuple(seed for seed in self._likeliest_first if seed not in besides)
         return others if self.protocol.data_range is None else others[:1]
 
-    def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: Sequence[int] | None = None) -> float:
+    def remaining(
+        self,
+        neurons: NeuronSet,
+        enough: float | None = None,
+        seeds: Sequence[int] | None = None,
+        ahead: Iterable[NeuronSet] = (),
+    ) -> float:
         """The highest similarity, over kept seeds, of δ with these neurons off and untouched δ (3.6).
 
         Args:
             neurons: what to switch off, and nothing else; none: 1 without an evaluation.
-            enough: a number above which any will do. The seed that was highest last is evaluated first, and the others
-                only if it is not above; the highest found is returned. Where an inferred data range makes a
+            enough: a number above which any will do. A seed, the one that was highest last, is evaluated first, and the
+                others only if it is not above; the highest found is returned. Where an inferred data range makes a
                 seed's similarity depend on the others all are evaluated, and so they are on a compiled U-Net.
             seeds: kept seeds to look at instead of all.
+            ahead: sets that will probably be asked for next. Where a batch has room, the seed that was highest last is
+                evaluated with them as well.
 
         Raises:
             NemoError: no seed is kept, or noise that isn't finite.
@@ -513,10 +553,14 @@ class NoiseProbe:
         limit = math.inf if enough is None else enough
         order = [seed for seed in self._likeliest_first if seeds is None or seed in seeds]
         known = self._remembered.setdefault(neurons, {})
-        together = enough is None or self.protocol.data_range is None or is_compiled(self.pipe.unet)
-        # Nobody first: what is known already may be enough.
-        for group in ([], order) if together else ([], order[:1], order[1:]):
-            known |= self._similarities([seed for seed in group if seed not in known], neurons, limit)
+        together = self.protocol.data_range is None or is_compiled(self.pipe.unet)
+        later = [] if together else [(order[0], other) for other in ahead if len(other) > 0]
+        # Nobody first: what is known already may be enough. A seed known from a trial ahead stands for the likeliest.
+        alone = not (together or enough is None or any(seed in known for seed in order))
+        for group in ([], order[:1] if alone else [], order):
+            wanted = [(seed, neurons) for seed in group if seed not in known]
+            if wanted:
+                self._evaluate(wanted, [trial for trial in later if not self._is_known(*trial)], limit)
             highest = max((seed for seed in order if seed in known), key=lambda seed: known[seed], default=None)
             if highest is not None and known[highest] > limit:
                 self._likeliest_first.remove(highest)
@@ -562,34 +606,49 @@ class NoiseProbe:
                 total[layer] += gradient[0].cpu()
         return total
 
-    def _similarities(self, seeds: Sequence[int], neurons: NeuronSet, limit: float) -> dict[int, float]:
-        """Each seed's similarity of δ with these neurons off and untouched δ, evaluated now."""
-        if not seeds:
-            return {}
-        untouched = self.untouched[list(seeds)]
-        with patched(self.pipe, neurons):
-            blocked, rows = self._differences(seeds, neurons)
-        values = dict(zip(seeds, similarity(untouched, blocked, self.protocol).tolist(), strict=True))
-        for seed, row in zip(seeds, rows, strict=True):
-            # A set that fails is not tried again, and the next one differs from what it was made from.
-            if values[seed] <= limit:
-                self._held.keep(seed, neurons, row)
-        return values
+    def _evaluate(self, wanted: Sequence[_Trial], ahead: Sequence[_Trial], limit: float) -> None:
+        """Add to what is remembered the similarity of each trial's δ and its seed's untouched δ.
 
-    def _differences(self, seeds: Sequence[int], neurons: NeuronSet) -> tuple[Tensor, list[Row]]:
-        """δ of some seeds on the pipeline as it is now, with these neurons off, each from where it can be entered."""
-        entries = {seed: self._held.entry(seed, neurons) for seed in seeds}
-        differences: dict[int, Tensor] = {}
-        rows: dict[int, Row] = {}
-        for start in {start for start, _ in entries.values()}:
-            entering = [seed for seed in seeds if entries[seed][0] == start]
+        Args:
+            wanted: seeds, with the neurons that are off.
+            ahead: further ones, of which those are evaluated that can enter the U-Net where some of `wanted` do.
+            limit: a similarity above it shows that a set fails.
+        """
+        untouched = self.untouched  # before anything is off
+        differences, rows = self._differences(wanted, ahead)
+        values = similarity(untouched[[seed for seed, _ in rows]], differences, self.protocol).tolist()
+        for (trial, row), value in zip(rows.items(), values, strict=True):
+            seed, neurons = trial
+            self._remembered.setdefault(neurons, {})[seed] = value
+            # A set that fails is not tried again, and the next one differs from what it was made from.
+            if value <= limit:
+                self._held.keep(seed, neurons, row)
+
+    def _is_known(self, seed: int, neurons: NeuronSet) -> bool:
+        return seed in self._remembered.get(neurons, {})
+
+    def _differences(self, wanted: Sequence[_Trial], ahead: Sequence[_Trial]) -> tuple[Tensor, dict[_Trial, Row]]:
+        """δ of some trials, each from where the U-Net can be entered, and what was noted, in the same order."""
+        entries = {trial: self._held.entry(*trial) for trial in (*wanted, *ahead)}
+        differences: list[Tensor] = []
+        rows: dict[_Trial, Row] = {}
+        for start in {entries[trial][0] for trial in wanted}:
+            entering = [trial for trial in wanted if entries[trial][0] == start]
+            also = [trial for trial in ahead if trial not in rows and entries[trial][0] >= start]
+            entering += also[: -len(entering) % self.batch_size]
             for first in range(0, len(entering), self.batch_size):
                 batch = entering[first : first + self.batch_size]
-                with self._held.running(start, [entries[seed][1] for seed in batch]) as noted:
-                    found = self._noise_differences(self.latents[batch], self._held.share(start))
-                differences |= zip(batch, found, strict=True)
+                with patched_rows(self.pipe, [neurons for _, neurons in batch]):
+                    found, noted = self._run([seed for seed, _ in batch], start, [entries[trial][1] for trial in batch])
+                differences.append(found)
                 rows |= zip(batch, noted, strict=True)
-        return torch.stack([differences[seed] for seed in seeds]), [rows[seed] for seed in seeds]
+        return torch.cat(differences), rows
+
+    def _run(self, seeds: Sequence[int], start: int, entering: Sequence[Row]) -> tuple[Tensor, list[Row]]:
+        """δ of some seeds on the pipeline as it is now, in one call, and what it left."""
+        with self._held.running(start, entering) as noted:
+            differences = self._noise_differences(self.latents[list(seeds)], self._held.share(start))
+        return differences, noted
 
     def _noise_differences(self, latents: Tensor, share: float) -> Tensor:
         """One U-Net call, or two with guidance, counted."""
@@ -606,33 +665,34 @@ class _HeldRows:
     Args:
         stages: where the U-Net can be entered; None: nowhere, and nothing is held.
         seeds: S.
+        memory: bytes to hold them in.
     """
 
-    def __init__(self, stages: Stages | None, seeds: int) -> None:
+    def __init__(self, stages: Stages | None, seeds: int, memory: int) -> None:
         self._stages = stages
         self._rows: list[OrderedDict[NeuronSet, Row]] = [OrderedDict() for _ in range(seeds)]
-        self._sets = 0 if stages is None else HELD_BYTES // max(stages.row_bytes * seeds, 1)
+        self._sets = 0 if stages is None else memory // max(stages.row_bytes * seeds, 1)
 
-    def entry(self, seed: int, neurons: NeuronSet) -> tuple[int | None, Row]:
-        """The last place before which nothing differs from a held set, with its row; None: nowhere."""
+    def entry(self, seed: int, neurons: NeuronSet) -> tuple[int, Row]:
+        """The last place before which nothing differs from a held set, with its row; else `WHOLE`."""
         if self._stages is None or not self._can_hold(neurons):
-            return None, {}
-        start, held = -1, None
+            return WHOLE, {}
+        start, held = WHOLE, None
         for other in self._rows[seed]:
             differ = (neurons.get(layer, ()) != other.get(layer, ()) for layer in self._stages.layers)
             first = next((place for place, differs in enumerate(differ) if differs), len(self._stages.layers) - 1)
             if first >= start:
                 start, held = first, other
         if held is None:
-            return None, {}
+            return WHOLE, {}
         self._rows[seed].move_to_end(held)
         return start, self._rows[seed][held]
 
-    def entry_before(self, seed: int, layers: Sequence[str]) -> tuple[int | None, Row]:
+    def entry_before(self, seed: int, layers: Sequence[str]) -> tuple[int, Row]:
         """The first of some layers as a place to enter, with a row for it, while no neuron is off."""
         start, row = self.entry(seed, NeuronSet())
-        if self._stages is None or start is None:
-            return None, {}
+        if self._stages is None or start == WHOLE:
+            return WHOLE, {}
         return min(start, *(place for place, layer in enumerate(self._stages.layers) if layer in layers)), row
 
     def keep(self, seed: int, neurons: NeuronSet, row: Row) -> None:
@@ -646,12 +706,12 @@ class _HeldRows:
         """A set with neurons in layers that are no entries may differ from another one before the entry."""
         return self._stages is not None and set(neurons) <= set(self._stages.layers)
 
-    def share(self, start: int | None) -> float:
+    def share(self, start: int) -> float:
         """The share of a whole call's FLOPs."""
-        return 1.0 if self._stages is None or start is None else self._stages.shares[start]
+        return 1.0 if self._stages is None or start == WHOLE else self._stages.shares[start]
 
     @contextmanager
-    def running(self, start: int | None, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    def running(self, start: int, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """`Stages.replaying`, or a plain block where the U-Net can't be entered."""
         if self._stages is None:
             yield [{} for _ in rows]
@@ -666,7 +726,7 @@ def memorization_score(
     *,
     seeds: int = 10,
     protocol: Protocol | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> MemorizationScore:
     """How much a prompt is memorized: similarity of its δ across seeds (section 3.4).
 
@@ -677,7 +737,7 @@ def memorization_score(
         prompt: the text.
         seeds: S ≥ 2.
         protocol: None: `Protocol.paper()`.
-        batch_size: latents in one U-Net call; changes the result by rounding only.
+        batch_size: latents in one U-Net call; changes the result by rounding only. None: as for `NoiseProbe`.
     """
     hidden = encode_prompts(pipe, [prompt])
     protocol = protocol or Protocol.paper()
@@ -759,7 +819,7 @@ def memorization_threshold(
     *,
     seeds: int = 10,
     protocol: Protocol | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     progress: ProgressLike = None,
 ) -> Threshold:
     """τ, the mean plus one std of unmemorized prompts' scores (section 3.5).
@@ -769,7 +829,7 @@ def memorization_threshold(
         prompts: two texts or more that the model has not memorized.
         seeds: S ≥ 2, as many as τ will be used with.
         protocol: None: `Protocol.paper()`.
-        batch_size: latents in one U-Net call; changes the result by rounding only.
+        batch_size: latents in one U-Net call; changes the result by rounding only. None: as for `NoiseProbe`.
         progress: see `nemo_ext.progress`.
 
     Raises:
@@ -793,6 +853,7 @@ def memorization_threshold(
                 batch_size=batch_size,
                 guidance=guidance,
             )
+            batch_size = probe.batch_size  # the next prompts' is the same
             scores.append(probe.score().max)
             advance(1)
     values = torch.tensor(scores, dtype=torch.float64)

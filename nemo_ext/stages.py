@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nemo_ext.memory import evaluate_zeros
+
 #: What a module returned: a tensor, or tensors in tuples. Rows of the batch come first in each.
 Output = Any
+#: In the place of a value layer's number: before all of them, where nothing is taken from an earlier run.
+WHOLE = -1
 #: One row of a batch after a run: module name -> its part of that module's output.
 Row = Mapping[str, Output]
 
@@ -93,13 +97,8 @@ class Stages:
 
             return watched_forward
 
-        weight = next(unet.parameters())
-        config: Any = unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        sample = weight.new_zeros(2, config.in_channels, height, width)
-        with torch.no_grad(), _forwards(watched, watch), counter:
-            unet(sample, 1, encoder_hidden_states=hidden.to(weight).expand(2, -1, -1))
+        with _forwards(watched, watch), counter:
+            evaluate_zeros(unet, hidden, rows=2)
         once = [call for call in calls if sum(other.name == call.name for other in calls) == 1]
         changed = any(_versions(call.output) != call.versions for call in calls)
         if changed or not set(layers) <= {call.name for call in once}:
@@ -108,11 +107,11 @@ class Stages:
         return cls(unet, usable, layers, counter.get_total_flops())
 
     @contextmanager
-    def replaying(self, start: int | None, rows: Sequence[Row]) -> Iterator[list[Row]]:
+    def replaying(self, start: int, rows: Sequence[Row]) -> Iterator[list[Row]]:
         """For one call of the U-Net: run it from a value layer on, and note what it gives.
 
         Args:
-            start: which of `layers`; None: run all of it.
+            start: which of `layers`; `WHOLE`: run all of it.
             rows: for each row of the batch what an earlier run noted, with the same latent, timestep and text, and
                 with the same neurons off in the layers before; for a whole run an empty mapping for each.
 
@@ -120,7 +119,7 @@ class Stages:
             A list that has, after the block, such a row for each row of this batch.
         """
         given: dict[str, Output] = {}
-        if start is not None:
+        if start != WHOLE:
             given = {call.name: _concatenated([row[call.name] for row in rows]) for call in self._replayed[start]}
         computed: dict[str, Output] = {}
 

@@ -15,7 +15,9 @@ class FakeProbe:
         self.score = score
         self.asked: list[NeuronSet] = []
 
-    def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: object = None) -> float:
+    def remaining(
+        self, neurons: NeuronSet, enough: float | None = None, seeds: object = None, ahead: object = ()
+    ) -> float:
         self.asked.append(neurons)
         return self.score(neurons)
 

@@ -136,7 +136,8 @@ class TestPlantedNeurons:
         )
         assert other.neurons == found.neurons
         assert other.initial_neurons == found.initial_neurons
-        assert other.unet_samples == found.unet_samples
+        # Trials ahead of their turn can be in vain.
+        assert other.unet_samples == pytest.approx(found.unet_samples, rel=0.1)
 
     def test_are_the_same_on_every_run(self, localizer: Localizer, planted: Planted, found: Localization) -> None:
         torch.rand(3)

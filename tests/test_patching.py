@@ -15,7 +15,16 @@ from nemo_ext.demo.run import load_demo_pipeline
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import value_layers
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import ValueProjection, is_patched, patch, patched, scaled_rows, set_neurons, unpatch
+from nemo_ext.patching import (
+    ValueProjection,
+    is_patched,
+    patch,
+    patched,
+    patched_rows,
+    scaled_rows,
+    set_neurons,
+    unpatch,
+)
 
 FIRST, SECOND, *_, MID = DOWN_AND_MID
 SOME = NeuronSet({FIRST: [0, 5], MID: [3, 30, 31]})
@@ -312,6 +321,37 @@ class TestPatchedContext:
         with patched(pipe):
             unpatch(pipe)
         assert torch.equal(noise(pipe), before)
+
+
+class TestPatchedRows:
+    def test_each_row_of_the_batch_has_its_own_neurons_off(self, pipe: StableDiffusionPipeline) -> None:
+        expected = [noise(with_rows_zeroed(pipe, neurons)) for neurons in (SOME, OTHERS)]
+        with patched_rows(pipe, [SOME, OTHERS]) as inside:
+            assert inside is pipe
+            got = noise(pipe)
+        assert not is_patched(pipe)
+        torch.testing.assert_close(got, torch.stack([expected[0][0], expected[1][1]]), rtol=1e-5, atol=1e-5)
+
+    def test_rows_that_are_alike_are_one_patch_bit_for_bit(self, pipe: StableDiffusionPipeline) -> None:
+        with patched(pipe, SOME):
+            expected = noise(pipe)
+        with patched_rows(pipe, [SOME, NeuronSet(SOME)]):
+            assert torch.equal(noise(pipe), expected)
+
+    def test_gives_an_earlier_patch_back(self, pipe: StableDiffusionPipeline) -> None:
+        patch(pipe, SOME, scale=0.5)
+        before = noise(pipe)
+        with patched_rows(pipe, [SOME, OTHERS]):
+            assert not torch.equal(noise(pipe), before)
+        assert torch.equal(noise(pipe), before)
+
+    def test_unknown_layers_are_refused_before_anything_changes(self, pipe: StableDiffusionPipeline) -> None:
+        with (
+            pytest.raises(NemoError, match=r"no value layer 'nowhere'"),
+            patched_rows(pipe, [SOME, NeuronSet({"nowhere": [0]})]),
+        ):
+            pass
+        assert not is_patched(pipe)
 
 
 class TestScaledRows:

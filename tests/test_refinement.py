@@ -145,7 +145,9 @@ class SeedsProbe:
         self.first = 0
         self.trials: set[tuple[NeuronSet, int]] = set()
 
-    def remaining(self, neurons: NeuronSet, enough: float | None = None, seeds: list[int] | None = None) -> float:
+    def remaining(
+        self, neurons: NeuronSet, enough: float | None = None, seeds: list[int] | None = None, ahead: object = ()
+    ) -> float:
         looked_at = range(len(self.scores)) if seeds is None else seeds
         self.trials |= {(neurons, seed) for seed in looked_at}
         values = {seed: self.scores[seed](neurons) for seed in looked_at}

@@ -422,19 +422,21 @@ class TestNoiseProbe:
         probe = self.probe(planted, seeds=5)
         sets = [NeuronSet({MID: [index]}) for index in range(12)]
         table = {neurons: [rng.randrange(8) / 8 for _ in range(5)] for neurons in sets}
-        evaluated: list[tuple[NeuronSet, int]] = []
+        evaluated: list[tuple[int, NeuronSet]] = []
 
-        def similarities(seeds: list[int], neurons: NeuronSet, limit: float) -> dict[int, float]:
-            evaluated.extend((neurons, s) for s in seeds)
-            return {s: table[neurons][s] for s in seeds}
+        def evaluate(wanted: list[tuple[int, NeuronSet]], ahead: list[tuple[int, NeuronSet]], limit: float) -> None:
+            for seed, neurons in wanted + ahead[: rng.randrange(3)]:
+                evaluated.append((seed, neurons))
+                probe._remembered.setdefault(neurons, {})[seed] = table[neurons][seed]
 
-        monkeypatch.setattr(probe, "_similarities", similarities)
+        monkeypatch.setattr(probe, "_evaluate", evaluate)
         for neurons in rng.choices(sets, k=40):
             threshold = rng.randrange(9) / 8
             exact = max(table[neurons])
-            assert (probe.remaining(neurons, enough=threshold) <= threshold) == (exact <= threshold)
+            ahead = rng.sample([other for other in sets if other != neurons], 2)
+            assert (probe.remaining(neurons, enough=threshold, ahead=ahead) <= threshold) == (exact <= threshold)
             below = math.nextafter(threshold, -math.inf)
-            assert (probe.remaining(neurons, enough=below) < threshold) == (exact < threshold)
+            assert (probe.remaining(neurons, enough=below, ahead=ahead) < threshold) == (exact < threshold)
             assert probe.remaining(neurons, enough=threshold) <= exact
             if rng.random() < 0.3:
                 assert probe.remaining(neurons) == exact
@@ -446,16 +448,42 @@ class TestNoiseProbe:
         probe = self.probe(planted, seeds=4)
         calls: list[list[int]] = []
 
-        def similarities(seeds: list[int], neurons: NeuronSet, limit: float) -> dict[int, float]:
-            if seeds:
-                calls.append(list(seeds))
-            return {s: 0.9 if s == 2 else 0.1 for s in seeds}
+        def evaluate(wanted: list[tuple[int, NeuronSet]], ahead: list[tuple[int, NeuronSet]], limit: float) -> None:
+            calls.append([seed for seed, _ in wanted])
+            for seed, neurons in wanted:
+                probe._remembered[neurons][seed] = 0.9 if seed == 2 else 0.1
 
-        monkeypatch.setattr(probe, "_similarities", similarities)
+        monkeypatch.setattr(probe, "_evaluate", evaluate)
         for index in range(3):
             assert probe.remaining(NeuronSet({MID: [index]}), enough=0.5) == 0.9
         assert calls == [[0], [1, 2, 3], [2], [2]]
         assert probe.likeliest() == (2,)
+
+    def test_a_trial_ahead_takes_what_room_a_batch_has_and_is_not_evaluated_again(self, planted: Planted) -> None:
+        """Three seeds in batches of two leave room for one more row, whose neurons are others."""
+        sets = [NeuronSet({MID: [index]}) for index in range(3)]
+        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+        probe, alone = (NoiseProbe(planted.pipe, hidden, seeds=3, protocol=PAPER, batch_size=size) for size in (2, 1))
+        first = probe.remaining(sets[0], ahead=sets[1:])
+        assert probe.unet_samples == 3 + 3 + 1
+        second = probe.remaining(sets[1])
+        assert probe.unet_samples == 3 + 3 + 3
+        assert [first, second] == pytest.approx([alone.remaining(one, ahead=sets) for one in sets[:2]], abs=1e-6)
+        assert alone.unet_samples == 3 + 3 + 3
+
+    def test_a_trial_ahead_joins_only_where_it_can_enter_the_unet(self, planted: Planted) -> None:
+        """What is asked for enters at the last layer; a set of the first one has to begin before that."""
+        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+        with patched(planted.pipe):
+            stages = Stages.of(planted.pipe.unet, list(DOWN_AND_MID), hidden)
+            assert stages is not None
+            probe = NoiseProbe(planted.pipe, hidden, seeds=2, protocol=PAPER, stages=stages)
+            share = stages.shares[stages.layers.index(MID)]
+            probe.score()
+            for index, ahead, rows in ((0, {FIRST: [0]}, 1), (1, {MID: [8]}, 2)):
+                before = probe.unet_samples
+                probe.remaining(NeuronSet({MID: [index]}), enough=-1.0, ahead=[NeuronSet(ahead)])
+                assert probe.unet_samples - before == pytest.approx(rows * share)
 
     def test_entering_late_changes_nothing_but_the_cost(self, planted: Planted) -> None:
         rng = random.Random(0)
@@ -495,6 +523,13 @@ class TestNoiseProbe:
             expected = NoiseProbe(planted.pipe, hidden, seeds=2, protocol=PAPER)
             assert remaining == pytest.approx([expected.score().max, *map(expected.remaining, sets)], abs=1e-6)
         assert (probe.unet_samples == expected.unet_samples) == (held == 0)
+
+    def test_the_batch_is_what_memory_allows_and_at_most_a_latent_for_each_seed(
+        self, planted: Planted, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for fitting, batch_size in ((1, 1), (2, 2), (100, 3)):
+            monkeypatch.setattr(scoring, "rows_that_fit", lambda unet, hidden, fitting=fitting: fitting)
+            assert self.probe(planted).batch_size == batch_size
 
     def test_effects_are_the_slope_of_the_similarity_at_half(self, planted: Planted) -> None:
         probe = self.probe(planted, seeds=2)

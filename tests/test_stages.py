@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_ext.demo import load_demo_pipeline
 from nemo_ext.layers import value_layers
 from nemo_ext.patching import patch, patched
-from nemo_ext.stages import _FLOPS, Stages, is_compiled
+from nemo_ext.stages import _FLOPS, WHOLE, Stages, is_compiled
 
 ROWS = 3
 
@@ -82,7 +82,7 @@ def test_from_every_layer_on_gives_the_bits_of_a_whole_call(
     assert stages is not None
     assert sorted(stages.layers) == sorted(value_layers(unet, layers))
     with patched(unet):
-        with stages.replaying(None, [{}] * ROWS) as rows:
+        with stages.replaying(WHOLE, [{}] * ROWS) as rows:
             untouched = inputs.noise()
         assert torch.equal(untouched, inputs.noise())
         for place, layer in enumerate(stages.layers):
@@ -97,7 +97,7 @@ def test_what_a_late_call_notes_serves_a_still_later_one(unet: UNet2DConditionMo
     inputs = Inputs(unet)
     first, last = stages.layers[2], stages.layers[-1]
     with patched(unet):
-        with stages.replaying(None, [{}] * ROWS) as rows:
+        with stages.replaying(WHOLE, [{}] * ROWS) as rows:
             inputs.noise()
         with patched(unet, {first: [1]}), stages.replaying(2, rows) as rows:
             inputs.noise()
@@ -112,7 +112,7 @@ def test_rows_of_a_batch_may_come_from_different_runs(unet: UNet2DConditionModel
     with patched(unet):
         rows = []
         for row in range(ROWS):
-            with stages.replaying(None, [{}]) as noted:
+            with stages.replaying(WHOLE, [{}]) as noted:
                 inputs.noise(slice(row, row + 1))
             rows += noted
         with patched(unet, {stages.layers[4]: [1]}):
@@ -125,14 +125,14 @@ def test_rows_of_a_batch_may_come_from_different_runs(unet: UNet2DConditionModel
 def test_shares_are_those_of_the_work_that_is_done(unet: UNet2DConditionModel, stages: Stages) -> None:
     inputs = Inputs(unet)
 
-    def flops(place: int | None, rows: list) -> int:
+    def flops(place: int, rows: list) -> int:
         with FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter, stages.replaying(place, rows):
             inputs.noise()
         return counter.get_total_flops()
 
-    with stages.replaying(None, [{}] * ROWS) as rows:
+    with stages.replaying(WHOLE, [{}] * ROWS) as rows:
         inputs.noise()
-    whole = flops(None, [{}] * ROWS)
+    whole = flops(WHOLE, [{}] * ROWS)
     for place, share in enumerate(stages.shares):
         assert flops(place, rows) / whole == pytest.approx(share)
     assert list(stages.shares) == sorted(stages.shares, reverse=True)
@@ -147,7 +147,7 @@ def test_patched_and_plain_value_layers_cost_the_same(unet: UNet2DConditionModel
 
 
 def test_rows_hold_no_more_memory_than_said(unet: UNet2DConditionModel, stages: Stages) -> None:
-    with stages.replaying(None, [{}] * ROWS) as rows:
+    with stages.replaying(WHOLE, [{}] * ROWS) as rows:
         Inputs(unet).noise()
     tensors = [tensor for output in rows[0].values() for tensor in (output if isinstance(output, tuple) else (output,))]
     flat = [part for tensor in tensors for part in (tensor if isinstance(tensor, tuple) else (tensor,))]
@@ -160,7 +160,7 @@ def test_leaves_no_trace_also_after_an_exception(unet: UNet2DConditionModel, sta
     before = [(type(module), set(vars(module))) for module in unet.modules()]
 
     def interrupted() -> None:
-        with stages.replaying(None, [{}]):
+        with stages.replaying(WHOLE, [{}]):
             assert unet.conv_in.forward is not own
             raise KeyboardInterrupt
 
