@@ -71,7 +71,7 @@ def main() -> None:
         "bench_search",
         options,
         keys=("what", "caption"),
-        shown=("neurons", "unet_samples", "samples_over_plain", "median_ms", "over_plain"),
+        shown=("candidates", "neurons", "unet_samples", "samples_over_plain", "median_ms", "over_plain"),
     )
     pipe: Any = load_demo_pipeline().to(run.device)
     captions = [caption for _, caption in ordinary_captions(STATISTICS_PROMPTS, seed=2024)]
@@ -93,6 +93,7 @@ def main() -> None:
             taken, found = timed(partial(localizer.localize, what.caption), run.device)
             rows[search] = (taken, found.neurons, found.unet_samples)
             results.append(found)
+        candidates = len(results[0].initial_neurons)
         assert rows["exhaustive"][1] == neurons, f"'{what.caption}': {rows['exhaustive'][1]} instead of {neurons}"
         for found in results:
             check(found, plain)
@@ -101,6 +102,7 @@ def main() -> None:
                 {
                     "what": name,
                     "caption": what.name,
+                    "candidates": candidates,
                     "neurons": len(neurons),
                     "unet_samples": float(samples),
                     "samples_over_plain": rows["plain"][2] / samples,
@@ -110,16 +112,11 @@ def main() -> None:
             )
     for row in summary(run.rows):
         run.add(row)
-    captions_only = [
-        {**row, "plain_samples": plain_row["unet_samples"]}
-        for row in run.rows
-        for plain_row in run.rows
-        if plain_row["what"] == "plain" and plain_row["caption"] == row["caption"] not in ("all", "median")
-    ]
+    of_captions = [row for row in run.rows if "candidates" in row]
     run.finish(
         [
-            Panel("U-Net samples of a caption", captions_only, x="plain_samples", y="unet_samples"),
-            Panel("time of a caption", captions_only, x="plain_samples"),
+            Panel("U-Net samples of a caption", of_captions, x="candidates", y="unet_samples"),
+            Panel("time of a caption", of_captions, x="candidates"),
         ]
     )
 
