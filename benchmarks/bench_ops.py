@@ -31,10 +31,14 @@ SHAPES = {  # (batch, in_features, out_features)
     "cpu": [(batch, 768, width) for width in (320, 640, 5760) for batch in (1, 8, 64, 256)],
     "cuda": [(batch, text, width) for text, widths in LAYERS.items() for width in widths for batch in (8, 64, 256)],
 }
+ONE_THREAD = " on one thread"
 QUICK_SHAPES = [(8, 768, 640)]
 
 KEYS = ("what", "dtype", "batch", "tokens", "in_features", "out_features")
-SHOWN = ("median_ms", "tflops", "of_matmul", "gbs", "of_copy", "over_linear", "over_onednn", "over_eager")
+SHOWN = (
+    *("median_ms", "tflops", "of_matmul", "gbs", "of_copy"),
+    *("over_linear", "over_onednn", "over_eager", "over_one_thread"),
+)
 
 
 class Inputs(NamedTuple):
@@ -154,6 +158,16 @@ def over(call: Callable[[Inputs], object], inputs: list[Inputs]) -> Call:
     return graph.replay
 
 
+def on_one_thread(call: Call) -> Call:
+    def alone() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        call()
+        torch.set_num_threads(threads)
+
+    return alone
+
+
 def work(flop: float, size: float, row: Row) -> Row:
     """Speeds of a call that does `flop` operations, and moves `size` bytes if it reads and writes all once."""
     return {"tflops": flop / row["median_ms"] / 1e9, "gbs": size / row["median_ms"] / 1e6}
@@ -193,13 +207,19 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
             lambda i: torch.ops.mkldnn._linear_pointwise(i.hidden, i.weight, None, "none", [], ""), True, False
         )
         calls["onednn"] = over(compared["onednn"].call, inputs)
+    if device == "cpu" and torch.get_num_threads() > 1:
+        calls |= {f"{name}{ONE_THREAD}": on_one_thread(calls[name]) for name in ("values", "stats", "both", "linear")}
     batch, in_features, out_features = shape
     flop = 2 * batch * TOKENS * in_features * out_features
     times = alternate(calls, device=device, verify=lambda _: verify(inputs[0]), seconds=seconds)
     of_one = {name: [taken / len(inputs) for taken in of_all] for name, of_all in times.items()}
     rows = []
     baselines = [name for name in ("linear", "onednn", "eager") if name in calls]
-    for name, row in measured(of_one, baselines).items():
+    all_measured = measured(of_one, baselines)
+    for name in compared:
+        row = all_measured[name]
+        if alone := all_measured.get(f"{name}{ONE_THREAD}"):
+            row["over_one_thread"] = alone["median_ms"] / row["median_ms"]
         size = dtype.itemsize * in_features * (batch * TOKENS + out_features)
         size += compared[name].values * dtype.itemsize * batch * TOKENS * out_features
         size += compared[name].activation * 4 * batch * out_features

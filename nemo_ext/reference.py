@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["value_projection", "value_projection_stats"]
+__all__ = ["value_projection", "value_projection_scale_gradient", "value_projection_stats"]
 
 
 def value_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -19,6 +19,11 @@ def value_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
     if scale is not None:
         values = values * (scale.double().unsqueeze(1) if scale.dim() == 2 else scale.double())
     return values
+
+
+def value_projection_scale_gradient(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Twin of the operator in the backward pass of `value_projection`: Σ_t gradient · (e Wᵀ + bias), [B, N] float64."""
+    return (gradient.double() * value_projection(hidden, weight, bias)).sum(1)
 
 
 def value_projection_stats(

@@ -403,7 +403,7 @@ def test_kernel_gives_the_gradient_of_the_scale(case):
     del inputs["scale"]
     gradient = torch.randn(case.batch, case.tokens, case.out_features).to(case.dtype)
     job = project(inputs, gradient=gradient, multiprocessors=2)
-    exact = (gradient.double() * reference.value_projection(**inputs)).sum(1)
+    exact = reference.value_projection_scale_gradient(gradient, **inputs)
     torchs = (gradient.float() * torch_values(**inputs, scale=None).float()).sum(1)
     if case.tokens > 0:  # without tokens nothing is launched
         assert_as_good_as_torch(emulation.result(job, "scale_gradient"), torchs, exact)

@@ -64,6 +64,19 @@ def test_values_are_sums_of_products_times_a_factor(case):
     )
 
 
+@every_small_case
+def test_the_scales_gradient_is_a_sum_over_tokens_of_products(case):
+    """Differentiating by hand: a neuron's factor is multiplied with its sums, of one prompt's tokens."""
+    inputs, gradient = op_cases.projection_inputs(case), op_cases.output_gradient(case)
+    del inputs["scale"]
+    by_token = projected(*map(numbers, inputs.values())) * numbers(gradient)
+    expected = np.empty((case.batch, case.out_features))
+    for prompt, neuron in np.ndindex(*expected.shape):
+        expected[prompt, neuron] = math.fsum(by_token[prompt, :, neuron])
+    by_prompt = reference.value_projection_scale_gradient(gradient, **inputs)
+    np.testing.assert_allclose(by_prompt.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
 @every_small_case_with_tokens
 def test_activation_is_the_mean_size_before_the_factor(case):
     inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
