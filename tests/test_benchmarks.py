@@ -294,3 +294,17 @@ def test_memory_of_statistics_does_not_grow_with_the_prompts(quick_run: Callable
     fewest, most = min(peaks), max(peaks)
     assert most >= 10 * fewest
     assert peaks[most] < 1.1 * peaks[fewest]
+
+
+@pytest.mark.slow
+def test_several_threads_are_compared_with_one_and_there_again_afterwards() -> None:
+    import bench_ops
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        rows = bench_ops.measure_shape((1, 16, 8), torch.float32, "cpu", seconds=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {row["what"] for row in rows if row.get("over_one_thread")} == {"values", "stats", "both", "linear"}
