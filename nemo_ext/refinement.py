@@ -201,8 +201,8 @@ def _without_needless(found: Sequence[Neuron], probe: Probe, threshold: float, s
 
     def needless(neuron: Neuron) -> bool:
         later = left[left.index(neuron) :]
-        fewer, *ahead = (_as_set([other for other in left if other != one]) for one in later)
-        return probe.remaining(fewer, enough=_just_below(threshold), seeds=seeds, ahead=ahead) < threshold
+        fewer = (_as_set([other for other in left if other != one]) for one in later)
+        return probe.remaining(next(fewer), enough=_just_below(threshold), seeds=seeds, ahead=fewer) < threshold
 
     left = list(found)
     while (neuron := next(filter(needless, left), None)) is not None:
@@ -223,11 +223,10 @@ def certify(
     """
     score = probe.remaining(neurons)
     each_on = []
-    trials = {pair: neurons - _as_set([pair]) for pair in neurons.pairs()}
-    ahead = list(trials.values())
-    for (layer, index), without in trials.items():
-        ahead.remove(without)
-        each_on.append(NeuronScore(layer, index, probe.remaining(without, enough=_just_below(threshold), ahead=ahead)))
+    trials = [neurons - _as_set([pair]) for pair in neurons.pairs()]
+    for number, (layer, index) in enumerate(neurons.pairs()):
+        with_it_on = probe.remaining(trials[number], enough=_just_below(threshold), ahead=trials[number + 1 :])
+        each_on.append(NeuronScore(layer, index, with_it_on))
         if on_trial is not None:
             on_trial()
     return Certificate(

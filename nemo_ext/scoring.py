@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -554,7 +555,8 @@ class NoiseProbe:
         order = [seed for seed in self._likeliest_first if seeds is None or seed in seeds]
         known = self._remembered.setdefault(neurons, {})
         together = self.protocol.data_range is None or is_compiled(self.pipe.unet)
-        later = [] if together else [(order[0], other) for other in ahead if len(other) > 0]
+        # More than a batch has no room.
+        later = [] if together else [(order[0], other) for other in islice(ahead, self.batch_size) if len(other) > 0]
         # Nobody first: what is known already may be enough. A seed known from a trial ahead stands for the likeliest.
         alone = not (together or enough is None or any(seed in known for seed in order))
         for group in ([], order[:1] if alone else [], order):
