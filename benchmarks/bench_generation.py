@@ -158,9 +158,14 @@ def main() -> None:
         [
             Panel(
                 f"{model}, {scope}: untouched / this",
-                [row for row in run.rows if (row["model"], row["scope"]) == (model, scope)],
-                "images",
-                "over_untouched",
+                [
+                    row | {"of": f"{row['images']} at once"}
+                    for row in run.rows
+                    if (row["model"], row["scope"]) == (model, scope)
+                ],
+                x="what",
+                y="over_untouched",
+                series="of",
             )
             for model, scope in panels
         ]

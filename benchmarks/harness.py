@@ -214,7 +214,10 @@ def _with_peak(call: Callable[..., Any], arguments: tuple[Any, ...], device: str
 
 
 class Panel(NamedTuple):
-    """A plot of `rows`: `y` over `x`, a line for each value of `series`, both axes logarithmic."""
+    """A plot of `rows`: `y` over `x` for each value of `series`.
+
+    Lines between logarithmic axes; or points where `x` is text, with the deciles that `measured` gives a ratio.
+    """
 
     title: str
     rows: Sequence[Row]
@@ -245,11 +248,24 @@ def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
     colors = {name: f"C{place}" for place, name in enumerate(names)}  # the same in every panel
     for axis, panel in zip(axes.flat, panels, strict=False):
         rows = [row for row in panel.rows if row.get(panel.y) not in (None, "")]
+        texts = any(isinstance(row[panel.x], str) for row in rows)
         for name in dict.fromkeys(row[panel.series] for row in rows):
-            of_one = sorted((row for row in rows if row[panel.series] == name), key=lambda row: row[panel.x])
-            points = [row[panel.x] for row in of_one], [row[panel.y] for row in of_one]
-            axis.plot(*points, "o-", color=colors[name], label=name)
-        axis.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log", yscale="log")
+            of_one = [row for row in rows if row[panel.series] == name]
+            if texts:
+                points = [row[panel.x] for row in of_one], [row[panel.y] for row in of_one]
+                below = [max(0, row[panel.y] - row[f"{panel.y}_low"]) for row in of_one]
+                above = [max(0, row[f"{panel.y}_high"] - row[panel.y]) for row in of_one]
+                axis.errorbar(*points, yerr=(below, above), fmt="o", capsize=4, color=colors[name], label=name)
+            else:
+                of_one.sort(key=lambda row: row[panel.x])
+                points = [row[panel.x] for row in of_one], [row[panel.y] for row in of_one]
+                axis.plot(*points, "o-", color=colors[name], label=name)
+        axis.set(title=panel.title, ylabel=panel.y)
+        if texts:
+            axis.axhline(1, color="grey", linewidth=0.8)
+            axis.tick_params("x", rotation=20)
+        else:
+            axis.set(xlabel=panel.x, xscale="log", yscale="log")
         if rows:
             axis.legend()
     figure.suptitle(f"{facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, {facts['commit']}")
