@@ -120,7 +120,7 @@ def measure_time(pipe: Any, model: str, number: int, layers: Any, run: Run) -> N
         "collect": lambda: collect_statistics(pipe, prompts, layers=layers),
     }
     demo = model == "demo"  # the large one takes seconds, and warming up would take as many
-    rounds = (5 if demo else 3) - run.quick
+    rounds = (5 if run.quick else 15) if demo else 3 - run.quick
     times = alternate(calls, device=run.device, verify=agree, rounds=rounds, warm_up=demo)
     for what, row in measured(times, baselines=["loop"]).items():
         prompts_per_s = 1e3 * number / row["median_ms"]

@@ -272,31 +272,26 @@ def _encode(pipe: Any, texts: list[str]) -> Tensor:
     """Text embeddings as the text encoder gives them, in the mode that it is in."""
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise NemoError(f"{type(pipe).__name__} has several text encoders: SD1 and SD2 have one")
-    encoded = pipe.tokenizer(
-        texts,
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
+    # As lists: transformers would look at every token once more to make tensors of them.
+    encoded = pipe.tokenizer(texts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True)
     _warn_of_truncation(pipe.tokenizer, texts, encoded.attention_mask)
     encoder = pipe.text_encoder
     # As diffusers' own pipelines do: most CLIP text encoders are used without the mask.
     masked = getattr(encoder.config, "use_attention_mask", False)
     hidden: Tensor = encoder(
-        encoded.input_ids.to(encoder.device),
-        attention_mask=encoded.attention_mask.to(encoder.device) if masked else None,
+        torch.tensor(encoded.input_ids, device=encoder.device),
+        attention_mask=torch.tensor(encoded.attention_mask, device=encoder.device) if masked else None,
     )[0]
     return hidden
 
 
-def _warn_of_truncation(tokenizer: Any, texts: list[str], attention_mask: Tensor) -> None:
+def _warn_of_truncation(tokenizer: Any, texts: list[str], attention_mask: list[list[int]]) -> None:
     # Only a row without padding can have been cut: most prompts are tokenized once.
-    full = [texts[row] for row in attention_mask.all(1).nonzero().flatten().tolist()]
-    cut = [text for text in full if len(tokenizer(text).input_ids) > attention_mask.shape[1]]
+    full = [text for text, tokens in zip(texts, attention_mask, strict=True) if all(tokens)]
+    cut = [text for text in full if len(tokenizer(text).input_ids) > tokenizer.model_max_length]
     if cut:
         others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
-        warnings.warn(f"cut to {attention_mask.shape[1]} tokens: '{cut[0]}'{others}", stacklevel=4)
+        warnings.warn(f"cut to {tokenizer.model_max_length} tokens: '{cut[0]}'{others}", stacklevel=4)
 
 
 @contextmanager
