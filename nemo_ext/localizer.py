@@ -14,6 +14,7 @@ from torch import Tensor
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import ValueStack, evaluating, value_layers
+from nemo_ext.memory import keep_freed_memory
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress, ProgressLike, open_progress
@@ -193,6 +194,7 @@ class Localizer:
             NemoError: activations or noise that aren't finite, latents too small for the window.
         """
         started = time.perf_counter()
+        keep_freed_memory()
         with open_progress(progress) as bars, patched(self.pipe):
             found = self._search(prompt, bars)
         return Localization(

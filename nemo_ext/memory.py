@@ -1,4 +1,4 @@
-"""How many latents a U-Net may be given at once, by the memory that is free (design, section 4)."""
+"""Memory: how many latents a U-Net may be given at once, and what a batch leaves for the next (design, section 4)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,15 @@ def rows_that_fit(unet: nn.Module, hidden: Tensor) -> int:
     with PeakBytes() as made:
         evaluate_zeros(unet, hidden, rows=1)
     return max(1, free_bytes(weight.device) // (_SHARE_OF_A_CALL * max(made.peak, 1)))
+
+
+def keep_freed_memory() -> None:
+    """Let what one batch frees on the CPU be there for the next, instead of being given back and cleared anew.
+
+    glibc keeps blocks up to the size of the largest that was freed, at most 32 MiB, and twice that at the end of its
+    heap; here one is freed. Other C libraries go their own ways.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def evaluate_zeros(unet: nn.Module, hidden: Tensor, rows: int) -> None:

@@ -18,6 +18,7 @@ from nemo_ext import ops
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import ValueStack, evaluating, model_fingerprint, value_layers
+from nemo_ext.memory import keep_freed_memory
 from nemo_ext.progress import ProgressLike, open_progress
 
 _FORMAT = "nemo_ext.statistics.1"
@@ -372,6 +373,7 @@ def collect_statistics(
         raise NemoError(f"a standard deviation needs two prompts or more, got {len(texts)}")
     if batch_size < 1:
         raise NemoError(f"batch_size must be 1 or more, got {batch_size}")
+    keep_freed_memory()
     stack = ValueStack(value_layers(pipe, layers))
     statistics = ActivationStatistics(
         stack.widths,

@@ -1,5 +1,10 @@
 """How many latents a U-Net is given at once: what they take is measured, what is free is asked for."""
 
+import platform
+import subprocess
+import sys
+import textwrap
+
 import psutil
 import pytest
 import torch
@@ -43,6 +48,30 @@ class TestPeakBytes:
             peaks.append(made.peak)
         assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.05)
         assert peaks[2] == pytest.approx(4 * peaks[0], rel=0.05)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
+def test_freed_memory_is_used_again_without_being_cleared() -> None:
+    """Each page that the system clears is a fault. In new processes: one that has freed much keeps it already."""
+    script = """
+        import resource, sys, torch
+        from nemo_ext.memory import keep_freed_memory
+
+        def pages_cleared():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            one, two = (torch.ones(4 << 20, dtype=torch.uint8) for _ in range(2))
+            del one, two
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        if sys.argv[1] == "kept":
+            keep_freed_memory()
+        print(min(pages_cleared() for _ in range(5)))
+    """
+    cleared = {}
+    for how in ("kept", "given back"):
+        command = [sys.executable, "-c", textwrap.dedent(script), how]
+        cleared[how] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert cleared["kept"] < 0.1 * cleared["given back"]
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(8.5, 8), (0.1, 1)])
