@@ -556,7 +556,8 @@ class NoiseProbe:
         known = self._remembered.setdefault(neurons, {})
         together = self.protocol.data_range is None or is_compiled(self.pipe.unet)
         # More than a batch has no room.
-        later = [] if together else [(order[0], other) for other in islice(ahead, self.batch_size) if len(other) > 0]
+        others = [] if together else list(dict.fromkeys(islice(ahead, self.batch_size)))
+        later = [(order[0], other) for other in others if other != neurons and len(other) > 0]
         # Nobody first: what is known already may be enough. A seed known from a trial ahead stands for the likeliest.
         alone = not (together or enough is None or any(seed in known for seed in order))
         for group in ([], order[:1] if alone else [], order):

@@ -471,6 +471,12 @@ class TestNoiseProbe:
         assert [first, second] == pytest.approx([alone.remaining(one, ahead=sets) for one in sets[:2]], abs=1e-6)
         assert alone.unet_samples == 3 + 3 + 3
 
+    def test_a_set_that_is_named_ahead_of_itself_or_twice_is_evaluated_once(self, planted: Planted) -> None:
+        probe = self.probe(planted)
+        one, other = NeuronSet({MID: [0]}), NeuronSet({MID: [1]})
+        probe.remaining(one, enough=-1.0, ahead=[one, other, other, NeuronSet()])
+        assert probe.unet_samples == 3 + 2
+
     def test_a_trial_ahead_joins_only_where_it_can_enter_the_unet(self, planted: Planted) -> None:
         """What is asked for enters at the last layer; a set of the first one has to begin before that."""
         hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
