@@ -156,13 +156,13 @@ def refine_guided(
     hardest = probe.likeliest()
     seeds = list(hardest)
 
-    def enough(pairs: Sequence[Neuron], *ahead: Sequence[Neuron]) -> bool:
-        remaining = probe.remaining(_as_set(pairs), enough=threshold, seeds=seeds, ahead=map(_as_set, ahead))
+    def enough(pairs: Sequence[Neuron]) -> bool:
+        remaining = probe.remaining(_as_set(pairs), enough=threshold, seeds=seeds)
         if on_trial is not None:
             on_trial()
         return remaining <= threshold
 
-    while enough(order := ranked(hardest), order[:_FRONT], order[:1]):
+    while enough(order := ranked(hardest)):
         asked = list(hardest)
         while len(asked) < _ORDERS and not enough(order[:_FRONT]) and (others := probe.likeliest(besides=asked)):
             order = ranked(others)
@@ -177,12 +177,12 @@ def refine_guided(
     return Refinement(everything, probe.remaining(everything))
 
 
-def _shortest(order: Sequence[Neuron], enough: Callable[..., bool]) -> list[Neuron]:
+def _shortest(order: Sequence[Neuron], enough: Callable[[Sequence[Neuron]], bool]) -> list[Neuron]:
     """A set that is enough, and whose every neuron was needed when it was taken; all of `order` is known to be."""
     found: list[Neuron] = []
-    while not (found and enough(found, [*found, *order[:1]])):
+    while not (found and enough(found)):
         few, many, size = 0, len(order), 1
-        while size < many and not enough([*found, *order[:size]], [*found, *order[: 2 * size]]):
+        while size < many and not enough([*found, *order[:size]]):
             few, size = size, 2 * size
         many = min(size, many)
         while many - few > 1:

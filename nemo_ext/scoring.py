@@ -614,7 +614,7 @@ class NoiseProbe:
 
         Args:
             wanted: seeds, with the neurons that are off.
-            ahead: further ones, of which those are evaluated that can enter the U-Net where some of `wanted` do.
+            ahead: further ones, of which those are evaluated that enter the U-Net where some of `wanted` do.
             limit: a similarity above it shows that a set fails.
         """
         untouched = self.untouched  # before anything is off
@@ -637,7 +637,7 @@ class NoiseProbe:
         rows: dict[_Trial, Row] = {}
         for start in {entries[trial][0] for trial in wanted}:
             entering = [trial for trial in wanted if entries[trial][0] == start]
-            also = [trial for trial in ahead if trial not in rows and entries[trial][0] >= start]
+            also = [trial for trial in ahead if entries[trial][0] == start]
             entering += also[: -len(entering) % self.batch_size]
             for first in range(0, len(entering), self.batch_size):
                 batch = entering[first : first + self.batch_size]
