@@ -50,7 +50,7 @@ class Localization:
         kept_seeds: the seeds above τ, counted from 0.
         unet_samples: latents that the U-Net has evaluated for all of it; one that went through a part of it counts as
             that part's share of FLOPs. The call that finds these shares, once for a `Localizer`, is not among them.
-        seconds: wall time; the only field that differs between equal runs.
+        seconds: wall time; of runs with the same batch size the only field that differs.
         certificate: the result, measured with each of its neurons on again.
         search: "exhaustive" or "guided".
         protocol: how it was measured and searched.
