@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-#: The part of free memory that one call of a U-Net may take: what kernels take for themselves isn't known beforehand.
-_SHARE_OF_A_CALL = 4
+#: Of free memory, for the tensors of one call of a U-Net: what kernels take for themselves isn't known beforehand.
+_SHARE_OF_A_CALL = 0.25
 
 
 def free_bytes(device: torch.device) -> int:
@@ -39,7 +39,7 @@ def rows_that_fit(unet: nn.Module, hidden: Tensor) -> int:
     weight = next(unet.parameters())
     with PeakBytes() as made:
         evaluate_zeros(unet, hidden, rows=1)
-    return max(1, free_bytes(weight.device) // (_SHARE_OF_A_CALL * max(made.peak, 1)))
+    return max(1, int(_SHARE_OF_A_CALL * free_bytes(weight.device)) // max(made.peak, 1))
 
 
 def keep_freed_memory() -> None:

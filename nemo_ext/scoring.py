@@ -33,8 +33,8 @@ DEFAULT_BATCH_SIZE = 10
 
 #: The most memory for what earlier runs of the U-Net left, in bytes: some 40 latents of Stable Diffusion 1 in float32.
 HELD_BYTES = 4 << 30
-#: And the part of the memory that is free when a prompt is begun.
-HELD_SHARE = 4
+#: And the most of the memory that is free when a prompt is begun.
+HELD_SHARE = 0.25
 
 # The protocol's fields that scores must share to be compared; seeds may be others, of the same number.
 _SCALE_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window_sigma", "threshold_guidance")
@@ -488,7 +488,7 @@ class NoiseProbe:
         self._untouched: Tensor | None = None
         self._likeliest_first = list(self.kept_seeds)
         self._remembered: dict[NeuronSet, dict[int, float]] = {}
-        self._held = _HeldRows(stages, seeds, min(HELD_BYTES, free_bytes(pipe.unet.device) // HELD_SHARE))
+        self._held = _HeldRows(stages, seeds, min(HELD_BYTES, int(HELD_SHARE * free_bytes(pipe.unet.device))))
 
     @property
     def untouched(self) -> Tensor:
