@@ -461,7 +461,7 @@ class TestNoiseProbe:
 
     def test_a_trial_ahead_takes_what_room_a_batch_has_and_is_not_evaluated_again(self, planted: Planted) -> None:
         """Three seeds in batches of two leave room for one more row, whose neurons are others."""
-        sets = [NeuronSet({MID: [index]}) for index in range(3)]
+        sets = [planted.decoys, planted.neurons, NeuronSet({MID: [0]})]
         hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
         probe, alone = (NoiseProbe(planted.pipe, hidden, seeds=3, protocol=PAPER, batch_size=size) for size in (2, 1))
         first = probe.remaining(sets[0], ahead=sets[1:])
@@ -469,6 +469,7 @@ class TestNoiseProbe:
         second = probe.remaining(sets[1])
         assert probe.unet_samples == 3 + 3 + 3
         assert [first, second] == pytest.approx([alone.remaining(one, ahead=sets) for one in sets[:2]], abs=1e-6)
+        assert second < 0.3 < 0.9 < first
         assert alone.unet_samples == 3 + 3 + 3
 
     def test_a_set_that_is_named_ahead_of_itself_or_twice_is_evaluated_once(self, planted: Planted) -> None:
