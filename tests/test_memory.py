@@ -51,27 +51,28 @@ class TestPeakBytes:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
-def test_freed_memory_is_used_again_without_being_cleared() -> None:
-    """Each page that the system clears is a fault. In new processes: one that has freed much keeps it already."""
+@pytest.mark.parametrize("process", range(3))
+def test_freed_memory_is_used_again_without_being_cleared(process: int) -> None:
+    """Each of the 4,096 pages that the system clears is a fault. Without the call about every second process has them
+    in every round, where nothing small happens to lie behind the tensors."""
     script = """
-        import resource, sys, torch
+        import resource, statistics, torch
         from nemo_ext.memory import keep_freed_memory
 
-        def pages_cleared():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            one, two = (torch.ones(4 << 20, dtype=torch.uint8) for _ in range(2))
-            del one, two
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        def faults():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-        if sys.argv[1] == "kept":
-            keep_freed_memory()
-        print(min(pages_cleared() for _ in range(5)))
+        def pages_cleared():
+            before = faults()
+            tensors = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(16)]
+            del tensors
+            return faults() - before
+
+        keep_freed_memory()
+        print(int(statistics.median(pages_cleared() for _ in range(20))))
     """
-    cleared = {}
-    for how in ("kept", "given back"):
-        command = [sys.executable, "-c", textwrap.dedent(script), how]
-        cleared[how] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert cleared["kept"] < 0.1 * cleared["given back"]
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) < 400
 
 
 @pytest.mark.parametrize(("rows", "wanted"), [(8.5, 8), (0.1, 1)])
