@@ -39,8 +39,9 @@ def test_running_again_changes_no_bit(dtype, device):
 
 @pytest.mark.leg("cpu")
 @every_dtype
-def test_the_number_of_threads_changes_no_bit(dtype, threads):
-    inputs = torch.randn(3, 77, 300, dtype=dtype), torch.randn(330, 300, dtype=dtype), torch.randn(330)
+@pytest.mark.parametrize(("prompts", "tokens"), [(3, 77), (97, 5)], ids=["few prompts", "some for each thread"])
+def test_the_number_of_threads_changes_no_bit(prompts, tokens, dtype, threads):
+    inputs = torch.randn(prompts, tokens, 300, dtype=dtype), torch.randn(330, 300, dtype=dtype), torch.randn(330)
     results = []
     for number in (1, 2, 3):
         threads(number)
