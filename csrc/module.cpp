@@ -1,6 +1,10 @@
 // nemo_ext._module: how this was built, and what this CPU can run. Free of torch.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <set>
+#include <string>
 
 #include "csrc/cpu/capability.h"
 
@@ -28,6 +32,21 @@ py::dict cpu_capabilities() {
   return capabilities;
 }
 
+py::tuple as_tuple(const nemo_ext::cpu::Choice& choice) {
+  return py::make_tuple(nemo_ext::cpu::name_of(choice.capability), choice.reason);
+}
+
+py::tuple cpu_choice() {
+  return as_tuple(nemo_ext::cpu::choice());
+}
+
+py::tuple best_cpu_choice(const std::set<std::string>& supported, const std::string& vendor, int family) {
+  const auto supports = [&](nemo_ext::cpu::Capability capability) {
+    return supported.count(nemo_ext::cpu::name_of(capability)) > 0;
+  };
+  return as_tuple(nemo_ext::cpu::best_choice(supports, {vendor, family}));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_module, module) {
@@ -35,7 +54,8 @@ PYBIND11_MODULE(_module, module) {
   module.def("build_facts", &build_facts, "How the compiled modules were built.");
   module.def("cpu_capabilities", &cpu_capabilities,
              "Variant of the CPU kernels -> whether this CPU can run it.");
-  module.def(
-      "cpu_capability", [] { return nemo_ext::cpu::name_of(nemo_ext::cpu::capability()); },
-      "The variant that the operators run: the best one, or what NEMO_EXT_CPU_CAPABILITY says.");
+  module.def("cpu_choice", &cpu_choice,
+             "Variant that the operators run, and why: the best one, or what NEMO_EXT_CPU_CAPABILITY says.");
+  module.def("best_cpu_choice", &best_cpu_choice, py::arg("supported"), py::arg("vendor"), py::arg("family"),
+             "The same for a CPU that supports the variants named, by its vendor and family as CPUID tells them.");
 }

@@ -1,4 +1,5 @@
-"""The emulation of the CUDA kernels: how its builds are made, and how tests run the operators' cases through them.
+"""The emulation of the CUDA kernels and of the CPU kernels' variants: how its builds are made, and how tests run the
+operators' cases through them.
 
 A build is made when a test first asks for it, from the sources as they are, and kept in build/emulation under a hash of
 all that went into it.
@@ -32,13 +33,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "emulation"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
+TORCH_INCLUDES = ["-isystem", str(Path(torch.__file__).parent / "include")]  # its header of float16 conversions
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
+VARIANTS = ("avx2", "avx512", "avx512_bf16", "amx")
 # In the order of linking: what the emulator shares with kernels must be the emulator's, which ThreadSanitizer ignores.
-UNITS = ("emulator", "projection", "probes", "module")
+UNITS = (
+    *("emulation/emulator", "emulation/projection", "emulation/probes", "emulation/module", "emulation/cpu"),
+    *(f"cpu/variant_{name}" for name in VARIANTS),
+)
 
 
 @dataclass(frozen=True)
@@ -65,22 +71,24 @@ def _compiler_version() -> str:
 @functools.cache
 def _sources() -> dict[str, str]:
     files = [ROOT / "csrc" / "math.h", ROOT / "csrc" / "projection.h"]
-    files += [file for folder in ("cuda", "emulation") for file in sorted((ROOT / "csrc" / folder).iterdir())]
+    files += [file for folder in ("cpu", "cuda", "emulation") for file in sorted((ROOT / "csrc" / folder).iterdir())]
     return {str(file.relative_to(ROOT)): file.read_text() for file in files}
 
 
 def _flags(unit: str, sanitizer: str | None, ucontext: bool) -> list[str]:
     flags = [*FLAGS, "-I."]
-    if unit == "module":  # only calls the others: not instrumented, and compiled once
+    if unit == "emulation/module":  # only calls the others: not instrumented, and compiled once
         flags += ["-O1", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
         return flags
-    if unit == "emulator":
+    if unit.startswith("cpu/"):
+        flags += ["-DNEMO_EXT_EMULATED", "-Wno-unused-parameter", "-Wno-psabi", *TORCH_INCLUDES]
+    if unit == "emulation/emulator":
         flags += ["-DNEMO_EXT_THREAD_SANITIZER"] * (sanitizer == "thread") + ["-DNEMO_EXT_UCONTEXT"] * ucontext
         if sanitizer == "thread":
             return [*flags, "-O2"]
     if sanitizer is None:
         # What a kernel reads of its registers before it wrote them shows, too.
-        return [*flags, "-O2" if unit == "emulator" else "-O1", "-ftrivial-auto-var-init=pattern"]
+        return [*flags, "-O1" if unit == "emulation/projection" else "-O2", "-ftrivial-auto-var-init=pattern"]
     return [*flags, "-O1", *SANITIZERS[sanitizer]]
 
 
@@ -92,7 +100,7 @@ def _run_compiler(arguments: list[str], folder: Path) -> None:
 def _compiled(unit: str, sources: dict[str, str], flags: list[str]) -> Path:
     used = {name: text for name, text in sources.items() if name.endswith((".h", ".cuh", f"/{unit}.cpp"))}
     key = hashlib.sha256(repr((_compiler_version(), flags, sorted(used.items()))).encode()).hexdigest()[:16]
-    target = CACHE / f"{unit}-{key}.o"
+    target = CACHE / f"{Path(unit).name}-{key}.o"
     if not target.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -100,7 +108,7 @@ def _compiled(unit: str, sources: dict[str, str], flags: list[str]) -> Path:
                 file = Path(folder, name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
-            _run_compiler([*flags, "-c", f"csrc/emulation/{unit}.cpp", "-o", "unit.o"], Path(folder))
+            _run_compiler([*flags, "-c", f"csrc/{unit}.cpp", "-o", "unit.o"], Path(folder))
             os.replace(Path(folder, "unit.o"), target)
     return target
 
@@ -112,7 +120,7 @@ def build(sanitizer: str | None = None, fault: Fault | None = None, ucontext: bo
     faulty = fault.plant(sources) if fault else sources
 
     def compiled(unit: str) -> Path:
-        return _compiled(unit, faulty if unit == "projection" else sources, _flags(unit, sanitizer, ucontext))
+        return _compiled(unit, faulty if unit == "emulation/projection" else sources, _flags(unit, sanitizer, ucontext))
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, UNITS))
@@ -191,6 +199,26 @@ def _not_a_number(shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray[Any,
     return _bits(torch.full(shape, torch.nan, dtype=dtype)).numpy()
 
 
+def _operands(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
+    gradient: torch.Tensor | None,
+) -> Job:
+    job: Job = {"element": str(hidden.dtype)[6:]} | _strided("hidden", hidden) | _strided("weight", weight)
+    for name, small in (("bias", bias), ("scale", scale)):
+        if small is not None:
+            job[name] = small.float().contiguous().numpy()
+    if token_mask is not None:
+        job["token_mask"] = token_mask.contiguous().numpy()
+    if gradient is not None:
+        job["gradient"] = _bits(gradient.contiguous()).numpy()
+        job["scale_gradient"] = _not_a_number((hidden.shape[0], weight.shape[0]), torch.float32)
+    return job
+
+
 def _strided(name: str, tensor: torch.Tensor) -> Job:
     """The elements behind a tensor, as far from a 16-byte boundary as they are; NaN in between."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -229,24 +257,38 @@ def projection_job(
     As on a GPU of `multiprocessors`, with the tile it would take or with `shape` (wide, medium, narrow, strided).
     """
     batch, tokens, out_features = *hidden.shape[:2], weight.shape[0]
-    job: Job = {"element": str(hidden.dtype)[6:], "multiprocessors": multiprocessors, "order": order, "seed": seed}
-    job |= _strided("hidden", hidden) | _strided("weight", weight)
+    job = _operands(hidden, weight, bias, scale, token_mask, gradient)
+    job |= {"multiprocessors": multiprocessors, "order": order, "seed": seed}
     if shape is not None:
         job["shape"] = shape
-    for name, small in (("bias", bias), ("scale", scale)):
-        if small is not None:
-            job[name] = small.float().contiguous().numpy()
-    if token_mask is not None:
-        job["token_mask"] = token_mask.contiguous().numpy()
     if gradient is not None:
-        job["gradient"] = _bits(gradient.contiguous()).numpy()
-        job["scale_gradient"] = _not_a_number((batch, out_features), torch.float32)
         return job
     if values:
         job["values"] = _not_a_number((batch, tokens, out_features), hidden.dtype)
     if running is not None:
         job["activation"] = _not_a_number((batch, out_features), torch.float32)
         job |= {name: buffer.numpy().reshape(-1).copy() for name, buffer in running.items()}
+    return job
+
+
+def cpu_job(
+    variant: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    token_mask: torch.Tensor | None = None,
+    gradient: torch.Tensor | None = None,
+    activation: bool = True,
+    values: bool = True,
+) -> Job:
+    """The same by a variant of the CPU kernels: values and activation, or with `gradient` that of the scale."""
+    job = _operands(hidden, weight, bias, scale, token_mask, gradient) | {"variant": variant}
+    if gradient is None and activation:
+        job["activation"] = _not_a_number((hidden.shape[0], weight.shape[0]), torch.float32)
+    if gradient is None and values:
+        job["values"] = _not_a_number((*hidden.shape[:2], weight.shape[0]), hidden.dtype)
     return job
 
 

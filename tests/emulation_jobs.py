@@ -1,6 +1,6 @@
 """What a process does with the emulation: run jobs, each a kernel's arguments. NumPy alone, for sanitizers' sake.
 
-A job is a dictionary of the arguments of `project` or `run_probe` in csrc/emulation/module.cpp. Results are written
+A job is a dictionary of the arguments of `project`, `project_on_cpu` or `run_probe` in csrc/emulation/module.cpp. Results are written
 into its arrays. Strided arrays are the elements from the first to the last, `NAME`, with `NAME_shape`, `NAME_strides`
 and `NAME_offset`, in elements, so that they survive a file.
 
@@ -42,7 +42,7 @@ def run(module: ModuleType, job: Job) -> None:
         arguments[name] = np.lib.stride_tricks.as_strided(
             elements[offset:], shape, np.multiply(strides, elements.itemsize)
         )
-    module.project(**arguments)
+    (module.project_on_cpu if "variant" in job else module.project)(**arguments)
 
 
 def save(path: Path, jobs: list[Job]) -> None:

@@ -1,29 +1,24 @@
-// CPU kernels of the value projection: checks, packing, threads, running statistics. The arithmetic is in
-// tile_impl.h.
+// The operators on the CPU: checks, the call of the variant that runs here, running statistics.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <new>
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "csrc/cpu/tile.h"
+#include "csrc/cpu/driver.h"
+#include "csrc/cpu/variant.h"
 #include "csrc/math.h"
 #include "csrc/operands.h"
 
 namespace nemo_ext::cpu {
 namespace {
 
-using torch::stable::parallel_for;
-
 const Variant& variant() {
   static const Variant chosen = [] {
-    switch (capability()) {
+    switch (choice().capability) {
 #if defined(__x86_64__)
       case Capability::Avx2:
         return avx2_variant();
@@ -31,6 +26,8 @@ const Variant& variant() {
         return avx512_variant();
       case Capability::Avx512Bf16:
         return avx512_bf16_variant();
+      case Capability::Amx:
+        return amx_variant();
 #endif
       default:
         return default_variant();
@@ -39,67 +36,9 @@ const Variant& variant() {
   return chosen;
 }
 
-// Memory that a thread keeps from call to call: fresh pages would cost more than a small projection does. It
-// starts at a cache line, and is uninitialized.
-struct Workspace {
-  static constexpr std::align_val_t kAlignment{64};
-
-  float* memory = nullptr;
-  int64_t size = 0;
-
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  ~Workspace() { ::operator delete[](memory, kAlignment); }
-
-  float* at_least(int64_t floats) {
-    if (floats > size) {
-      ::operator delete[](memory, kAlignment);
-      memory = nullptr;
-      size = 0;
-      memory = static_cast<float*>(::operator new[](floats * sizeof(float), kAlignment));
-      size = floats;
-    }
-    return memory;
-  }
-};
-
-thread_local Workspace workspace;
-
-// Floats of packed weight that stay in a core's L2 cache while all prompts pass by.
-constexpr int64_t kPackedSize = 512 * 1024 / sizeof(float);
-
-// Prompts next to whose product the time to pack a weight for them is small.
-constexpr int64_t kPromptsWorthPacking = 32;
-
 void run(const Projection& p) {
-  if (p.batch == 0 || p.tokens == 0 || p.out_features == 0) return;
-  const Variant& kernels = variant();
-  const int64_t panels = ceil_divide(p.out_features, kernels.panel_width);
-  const int64_t panel_size = kernels.panel_size(p);
-
-  // Every piece of work packs a group of panels and multiplies a part of the prompts with it. Several threads
-  // get prompts of their own where these are many, for then no two of them write to the same pages of memory;
-  // and else smaller groups, and parts where these do not suffice. How the work is cut changes no result.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = threads == 1 ? 1 : 4 * threads;
-  const int64_t fitting = std::max<int64_t>(1, kPackedSize / std::max<int64_t>(1, panel_size));
-  const int64_t own = std::clamp<int64_t>(p.batch / kPromptsWorthPacking, 1, threads);
-  const int64_t groups = std::min(panels, std::max(ceil_divide(wanted, own), ceil_divide(panels, fitting)));
-  const int64_t parts = std::min(p.batch, std::max(own, ceil_divide(wanted, groups)));
-  const int64_t largest_group = ceil_divide(panels, groups);
-  parallel_for(0, groups * parts, 1, [&](int64_t first_piece, int64_t last_piece) {
-    float* packed = workspace.at_least(largest_group * panel_size + kernels.scratch_size(p));
-    float* scratch = packed + largest_group * panel_size;
-    for (int64_t piece = first_piece; piece < last_piece; ++piece) {
-      const int64_t group = piece % groups, part = piece / groups;
-      const int64_t begin = group * panels / groups, end = (group + 1) * panels / groups;
-      for (int64_t panel = begin; panel < end; ++panel) {
-        kernels.pack(p, panel, packed + (panel - begin) * panel_size);
-      }
-      for (int64_t prompt = part * p.batch / parts; prompt < (part + 1) * p.batch / parts; ++prompt) {
-        kernels.project(p, packed, prompt, begin, end, scratch);
-      }
-    }
+  cpu::run(variant(), p, torch::stable::get_num_threads(), [](int64_t count, const auto& work) {
+    torch::stable::parallel_for(0, count, 1, work);
   });
 }
 
@@ -159,7 +98,7 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
   double* running_count = count.mutable_data_ptr<double>();
   double* running_mean = mean.mutable_data_ptr<double>();
   double* running_m2 = m2.mutable_data_ptr<double>();
-  parallel_for(0, sizes.out_features, 256, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, sizes.out_features, 256, [&](int64_t begin, int64_t end) {
     for (int64_t neuron = begin; neuron < end; ++neuron) {
       Moments<float> part;
       for (int64_t prompt = 0; prompt < sizes.batch; ++prompt) {

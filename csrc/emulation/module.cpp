@@ -1,4 +1,4 @@
-// The emulated kernels over NumPy arrays, for the tests. Free of torch.
+// The emulated kernels of CUDA and of the CPU's variants, over NumPy arrays, for the tests. Free of torch.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "csrc/emulation/cpu.h"
 #include "csrc/emulation/probes.h"
 #include "csrc/emulation/projection.h"
 
@@ -60,13 +61,12 @@ void* data_of(const py::object& object, const char* name, int64_t size, int elem
   return const_cast<void*>(array.data());
 }
 
-// Results are written into arrays that are not None.
-void project(const std::string& element, const py::array& hidden, const py::array& weight,
-             const py::object& bias, const py::object& scale, const py::object& token_mask,
-             const py::object& gradient, const py::object& values, const py::object& activation,
-             const py::object& scale_gradient, const py::object& count, const py::object& mean,
-             const py::object& m2, int multiprocessors, const std::optional<std::string>& shape,
-             const std::string& order, uint64_t seed) {
+// Operands and results of one call: None where there is none. Results are written into their arrays.
+nemo_ext::Projection projection_of(const std::string& element, const py::array& hidden, const py::array& weight,
+                                   const py::object& bias, const py::object& scale,
+                                   const py::object& token_mask, const py::object& gradient,
+                                   const py::object& values, const py::object& activation,
+                                   const py::object& scale_gradient) {
   if (hidden.ndim() != 3 || weight.ndim() != 2 || hidden.shape(2) != weight.shape(1)) {
     throw std::runtime_error(
         "hidden must be [batch, tokens, in_features] and weight [out_features, in_features]");
@@ -95,10 +95,32 @@ void project(const std::string& element, const py::array& hidden, const py::arra
   p.values = data_of(values, "values", per_value, element_bytes);
   p.activation = static_cast<float*>(data_of(activation, "activation", per_prompt, 4));
   p.scale_gradient = static_cast<float*>(data_of(scale_gradient, "scale_gradient", per_prompt, 4));
+  return p;
+}
+
+// The CUDA kernels.
+void project(const std::string& element, const py::array& hidden, const py::array& weight,
+             const py::object& bias, const py::object& scale, const py::object& token_mask,
+             const py::object& gradient, const py::object& values, const py::object& activation,
+             const py::object& scale_gradient, const py::object& count, const py::object& mean,
+             const py::object& m2, int multiprocessors, const std::optional<std::string>& shape,
+             const std::string& order, uint64_t seed) {
+  const nemo_ext::Projection p = projection_of(element, hidden, weight, bias, scale, token_mask, gradient,
+                                               values, activation, scale_gradient);
   const emulation::Running running{static_cast<double*>(data_of(count, "count", 1, 8)),
                                    static_cast<double*>(data_of(mean, "mean", p.out_features, 8)),
                                    static_cast<double*>(data_of(m2, "m2", p.out_features, 8))};
   emulation::project(p, running, multiprocessors, shape_of(shape), order_of(order), seed);
+}
+
+// A variant of the CPU kernels; it keeps no running statistics.
+void project_on_cpu(const std::string& element, const py::array& hidden, const py::array& weight,
+                    const py::object& bias, const py::object& scale, const py::object& token_mask,
+                    const py::object& gradient, const py::object& values, const py::object& activation,
+                    const py::object& scale_gradient, const std::string& variant) {
+  emulation::project_on_cpu(projection_of(element, hidden, weight, bias, scale, token_mask, gradient, values,
+                                          activation, scale_gradient),
+                            variant);
 }
 
 py::dict tile(const std::string& element, const std::string& shape) {
@@ -117,7 +139,7 @@ py::dict tile(const std::string& element, const std::string& shape) {
 }  // namespace
 
 PYBIND11_MODULE(_emulation, module) {
-  module.doc() = "nemo_ext's CUDA kernels, executed on the CPU.";
+  module.doc() = "nemo_ext's CUDA kernels and all variants of its CPU kernels, executed on this CPU.";
   module.def("run_probe", &run_probe, py::arg("name"), py::arg("input").noconvert(),
              py::arg("output").noconvert(), py::arg("blocks") = 1, py::arg("order") = "forward",
              py::arg("seed") = 0);
@@ -129,4 +151,9 @@ PYBIND11_MODULE(_emulation, module) {
              py::arg("activation") = py::none(), py::arg("scale_gradient") = py::none(),
              py::arg("count") = py::none(), py::arg("mean") = py::none(), py::arg("m2") = py::none(),
              py::arg("multiprocessors"), py::arg("shape") = py::none(), py::arg("order"), py::arg("seed"));
+  module.def("project_on_cpu", &project_on_cpu, py::kw_only(), py::arg("element"), py::arg("hidden"),
+             py::arg("weight"), py::arg("bias") = py::none(), py::arg("scale") = py::none(),
+             py::arg("token_mask") = py::none(), py::arg("gradient") = py::none(),
+             py::arg("values") = py::none(), py::arg("activation") = py::none(),
+             py::arg("scale_gradient") = py::none(), py::arg("variant"));
 }
