@@ -332,7 +332,7 @@ def facts_of_run(device: str, threads: int) -> Row:
         "device": device,
         "machine": torch.cuda.get_device_name(device) if device == "cuda" else cpu_name(),
         "threads": threads,
-        "variant": "" if device == "cuda" else _module.cpu_capability(),
+        "variant": "" if device == "cuda" else _module.cpu_choice()[0],
         "nemo_ext": build["version"],
         "compiler": build["compiler"],
         "torch": torch.__version__,

@@ -87,7 +87,8 @@ def collect() -> dict[str, Any]:
         facts["threads"] = torch.get_num_threads()
         module = importlib.import_module("nemo_ext._module")
         facts["build"] = module.build_facts()
-        facts["cpu"] = {"capabilities": module.cpu_capabilities(), "used": module.cpu_capability()}
+        used, because = module.cpu_choice()
+        facts["cpu"] = {"capabilities": module.cpu_capabilities(), "used": used, "because": because}
         obstacles = (cuda_obstacle(facts["build"], gpu) for gpu in found)
         facts["notes"] = list(dict.fromkeys(obstacle for obstacle in obstacles if obstacle is not None))
         importlib.import_module("nemo_ext.ops")

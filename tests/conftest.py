@@ -14,6 +14,7 @@ DEVICES = ("cpu", "cuda")
 LEGS = {  # name in the marker -> name in the table
     "reference": "reference",
     "cpu": "CPU",
+    "amx": "AMX",
     "emulated": "emulated",
     "compiled": "compiled",
     "cuda": "CUDA",

@@ -34,7 +34,17 @@ CACHE = ROOT / "build" / "emulation"
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 TORCH_INCLUDES = ["-isystem", str(Path(torch.__file__).parent / "include")]  # its header of float16 conversions
-FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# Without contraction: the emulated instructions say themselves where they round.
+FLAGS = [
+    "-std=c++20",
+    "-ffp-contract=off",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
@@ -45,6 +55,7 @@ UNITS = (
     *("emulation/emulator", "emulation/projection", "emulation/probes", "emulation/module", "emulation/cpu"),
     *(f"cpu/variant_{name}" for name in VARIANTS),
 )
+KERNELS = ("emulation/projection", *(unit for unit in UNITS if unit.startswith("cpu/")))
 
 
 @dataclass(frozen=True)
@@ -75,20 +86,32 @@ def _sources() -> dict[str, str]:
     return {str(file.relative_to(ROOT)): file.read_text() for file in files}
 
 
+@functools.cache
+def _pattern_flags() -> list[str]:
+    """With it, what a kernel reads of its registers before it wrote them shows, too; g++ knows it since version 12."""
+    flag = "-ftrivial-auto-var-init=pattern"
+    probe = [*COMPILER, flag, "-fsyntax-only", "-x", "c++", os.devnull]
+    return [flag] if subprocess.run(probe, capture_output=True).returncode == 0 else []
+
+
+def _is_of_cpu(unit: str) -> bool:
+    """Whether it is of the CPU kernels, which have no header in common with the CUDA kernels but those of csrc/."""
+    return unit.startswith("cpu/") or unit == "emulation/cpu"
+
+
 def _flags(unit: str, sanitizer: str | None, ucontext: bool) -> list[str]:
     flags = [*FLAGS, "-I."]
     if unit == "emulation/module":  # only calls the others: not instrumented, and compiled once
         flags += ["-O1", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
         return flags
-    if unit.startswith("cpu/"):
+    if _is_of_cpu(unit):
         flags += ["-DNEMO_EXT_EMULATED", "-Wno-unused-parameter", "-Wno-psabi", *TORCH_INCLUDES]
     if unit == "emulation/emulator":
         flags += ["-DNEMO_EXT_THREAD_SANITIZER"] * (sanitizer == "thread") + ["-DNEMO_EXT_UCONTEXT"] * ucontext
-        if sanitizer == "thread":
-            return [*flags, "-O2"]
+    if sanitizer == "thread" and unit != "emulation/projection" and unit != "emulation/probes":
+        return [*flags, "-O2"]  # the emulator itself, and what has one thread
     if sanitizer is None:
-        # What a kernel reads of its registers before it wrote them shows, too.
-        return [*flags, "-O1" if unit == "emulation/projection" else "-O2", "-ftrivial-auto-var-init=pattern"]
+        return [*flags, "-O1" if unit == "emulation/projection" else "-O2", *_pattern_flags()]
     return [*flags, "-O1", *SANITIZERS[sanitizer]]
 
 
@@ -98,7 +121,13 @@ def _run_compiler(arguments: list[str], folder: Path) -> None:
 
 
 def _compiled(unit: str, sources: dict[str, str], flags: list[str]) -> Path:
-    used = {name: text for name, text in sources.items() if name.endswith((".h", ".cuh", f"/{unit}.cpp"))}
+    folders = ("cpu/", "emulation/cpu") if _is_of_cpu(unit) else ("cuda/", "emulation/")
+    headers = tuple(f"csrc/{folder}" for folder in (*folders, "math.h", "projection.h"))
+    used = {
+        name: text
+        for name, text in sources.items()
+        if name == f"csrc/{unit}.cpp" or (name.startswith(headers) and name.endswith((".h", ".cuh")))
+    }
     key = hashlib.sha256(repr((_compiler_version(), flags, sorted(used.items()))).encode()).hexdigest()[:16]
     target = CACHE / f"{Path(unit).name}-{key}.o"
     if not target.exists():
@@ -114,13 +143,13 @@ def _compiled(unit: str, sources: dict[str, str], flags: list[str]) -> Path:
 
 
 def build(sanitizer: str | None = None, fault: Fault | None = None, ucontext: bool = False) -> Path:
-    """The module's file. A `fault` is planted in what the projection is compiled from, not in the emulator."""
+    """The module's file. A `fault` is planted in the kernels, not in what executes them."""
     version = _compiler_version()
     sources = _sources()
     faulty = fault.plant(sources) if fault else sources
 
     def compiled(unit: str) -> Path:
-        return _compiled(unit, faulty if unit == "emulation/projection" else sources, _flags(unit, sanitizer, ucontext))
+        return _compiled(unit, faulty if unit in KERNELS else sources, _flags(unit, sanitizer, ucontext))
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, UNITS))

@@ -1,8 +1,8 @@
 """What a process does with the emulation: run jobs, each a kernel's arguments. NumPy alone, for sanitizers' sake.
 
-A job is a dictionary of the arguments of `project`, `project_on_cpu` or `run_probe` in csrc/emulation/module.cpp. Results are written
-into its arrays. Strided arrays are the elements from the first to the last, `NAME`, with `NAME_shape`, `NAME_strides`
-and `NAME_offset`, in elements, so that they survive a file.
+A job is a dictionary of the arguments of `project`, `project_on_cpu` or `run_probe` in csrc/emulation/module.cpp.
+Results are written into its arrays. Strided arrays are the elements from the first to the last, `NAME`, with
+`NAME_shape`, `NAME_strides` and `NAME_offset`, in elements, so that they survive a file.
 
     python emulation_jobs.py MODULE.so JOBS.npz
 """

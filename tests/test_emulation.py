@@ -6,7 +6,7 @@ import numpy as np
 import op_cases
 import pytest
 import torch
-from test_ops_reference import assert_as_good_as_torch, torch_values
+import yardstick
 
 from nemo_ext import reference
 
@@ -376,18 +376,17 @@ def assert_running_statistics_follow(job, count):
 
 @every_setting
 @every_case_with_tokens
-def test_kernel_is_as_exact_as_pytorch(case, setting):
+def test_kernel_is_as_exact_as_a_sum_in_float32(case, setting):
     inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
     running = op_cases.running_buffers(case.out_features)
     shape = widest_shape(case) if setting == "reverse" else None
     job = project(inputs, token_mask=mask, running=running, shape=shape, **SETTINGS[setting])
     exact_values, exact_activation = reference.value_projection_stats(**inputs, token_mask=mask, **running)
     assert_running_statistics_follow(job, case.batch)
-    assert_as_good_as_torch(emulation.result(job, "values"), torch_values(**inputs), exact_values)
-    weights = torch.ones(case.batch, case.tokens) if mask is None else mask.float()
-    size = torch_values(inputs["hidden"], inputs["weight"], inputs["bias"], None).abs().float()
-    torchs = (size * weights.unsqueeze(-1)).sum(1) / weights.sum(1, keepdim=True)
-    assert_as_good_as_torch(emulation.result(job, "activation"), torchs, exact_activation)
+    yardstick.assert_as_exact(emulation.result(job, "values"), yardstick.values(**inputs), exact_values)
+    inputs.pop("scale")
+    stated = yardstick.activation(**inputs, mask=mask)
+    yardstick.assert_as_exact(emulation.result(job, "activation"), stated, exact_activation)
 
 
 @every_size
@@ -404,9 +403,9 @@ def test_kernel_gives_the_gradient_of_the_scale(case):
     gradient = torch.randn(case.batch, case.tokens, case.out_features).to(case.dtype)
     job = project(inputs, gradient=gradient, multiprocessors=2)
     exact = reference.value_projection_scale_gradient(gradient, **inputs)
-    torchs = (gradient.float() * torch_values(**inputs, scale=None).float()).sum(1)
     if case.tokens > 0:  # without tokens nothing is launched
-        assert_as_good_as_torch(emulation.result(job, "scale_gradient"), torchs, exact)
+        stated = yardstick.scale_gradient(gradient, **inputs)
+        yardstick.assert_as_exact(emulation.result(job, "scale_gradient"), stated, exact)
 
 
 # Several pieces of 80 tokens to a prompt, the last one ragged, several prompts to a block, ragged columns.

@@ -50,7 +50,7 @@ def run(tmp_path):
 
 def legs(output):
     """First word of each line of the table -> its numbers, and the reason behind them."""
-    table = output.split(" legs =")[1].splitlines()[2:7]
+    table = output.split(" legs =")[1].splitlines()[2:8]
     return {line.split()[0]: (*map(int, line.split()[1:4]), line[39:]) for line in table}
 
 
@@ -78,4 +78,4 @@ def test_a_required_device_that_is_missing_fails_every_test_of_it_with_the_reaso
 def test_an_unknown_leg_is_an_error(run):
     result = run(program="import pytest\n@pytest.mark.leg('gpu')\ndef test_it():\n    pass\n")
     assert result.returncode == 4
-    assert "leg must be one of reference, cpu, emulated, compiled, cuda, got gpu" in result.stderr
+    assert "leg must be one of reference, cpu, amx, emulated, compiled, cuda, got gpu" in result.stderr

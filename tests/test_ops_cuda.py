@@ -92,12 +92,12 @@ def captured(function):
 @pytest.mark.parametrize(
     "check",
     [
-        test_ops_reference.test_values_are_as_exact_as_pytorchs,
+        test_ops_reference.test_values_are_as_exact_as_a_sum_in_float32,
         test_ops_reference.test_statistics_call_gives_the_same_values_bit_for_bit,
         test_ops_reference.test_writing_the_values_or_not_changes_no_bit_of_the_statistics,
-        test_ops_reference.test_activation_is_as_exact_as_pytorchs,
+        test_ops_reference.test_activation_is_as_exact_as_that_of_such_values,
         test_ops_reference.test_running_statistics_follow_the_reference,
-        test_ops_reference.test_the_scales_gradient_is_as_exact_as_pytorchs,
+        test_ops_reference.test_the_scales_gradient_is_as_exact_as_that_of_such_values,
     ],
 )
 def test_calls_that_fill_the_gpu_are_as_exact(check, device):

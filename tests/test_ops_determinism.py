@@ -4,7 +4,7 @@ import op_cases
 import pytest
 import torch
 
-from nemo_ext import ops
+from nemo_ext import _module, ops
 
 every_dtype = pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
 
@@ -64,6 +64,8 @@ def test_a_prompts_results_do_not_depend_on_the_batch(dtype, device):
 
 @every_dtype
 def test_a_neurons_results_do_not_depend_on_its_neighbours(dtype, device):
+    if device.type == "cpu" and _module.cpu_choice()[0] == "default":
+        pytest.skip("PyTorch's product may add up in another order for another number of neurons")
     hidden, weight = make((2, 77, 300), (70, 300), device=device, dtype=dtype)
     together = ops.value_projection(hidden, weight)
     apart = torch.cat([ops.value_projection(hidden, rows) for rows in weight.split([1, 40, 29])], dim=-1)

@@ -92,7 +92,7 @@ void finish_columns(const Projection& p, int64_t token, int64_t tokens, const fl
 template <Element element, bool write_values, SumOver sum_over>
 void finish_panel(const Projection& p, int64_t token, int64_t tokens, const float (*total)[kWidth],
                   PanelOperands& panel) {
-  constexpr int kColumns = kLanes == 4 ? 4 : 2;  // a cache line of results, or half of one
+  constexpr int kColumns = 2;  // more would not fit into the registers of the baseline
   int64_t column = 0;
   for (; column + kColumns * kLanes <= panel.count; column += kColumns * kLanes)
     finish_columns<element, write_values, sum_over, kColumns>(p, token, tokens, total, column, panel);
