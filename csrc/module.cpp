@@ -56,6 +56,7 @@ PYBIND11_MODULE(_module, module) {
              "Variant of the CPU kernels -> whether this CPU can run it.");
   module.def("cpu_choice", &cpu_choice,
              "Variant that the operators run, and why: the best one, or what NEMO_EXT_CPU_CAPABILITY says.");
-  module.def("best_cpu_choice", &best_cpu_choice, py::arg("supported"), py::arg("vendor"), py::arg("family"),
-             "The same for a CPU that supports the variants named, by its vendor and family as CPUID tells them.");
+  module.def(
+      "best_cpu_choice", &best_cpu_choice, py::arg("supported"), py::arg("vendor"), py::arg("family"),
+      "The same for a CPU that supports the variants named, by its vendor and family as CPUID tells them.");
 }

@@ -7,10 +7,11 @@ a = `activation` [B, N].
 The schemas are in csrc/registration.cpp, the kernels in csrc/cpu and csrc/cuda; this file adds what PyTorch wants to
 know in Python: result shapes (fakes), gradients, autocast. `nemo_ext.reference` has the same in plain PyTorch.
 
-On the CPU the environment variable NEMO_EXT_CPU_CAPABILITY (avx512_bf16, avx512, avx2 or default) chooses among the
-kernels' variants; without it the best one that the CPU supports runs. It is read once, by the first call. Results
-are bit-identical from run to run, for any number of threads, and a prompt's results do not depend on the other
-prompts of the call; from one variant to another they differ in rounding.
+On the CPU the kernels have a variant for each kind of CPU (amx, avx512_bf16, avx512, avx2, and default, whose product is
+PyTorch's own; docs/cpu-kernels.md). The fastest one runs, `nemo-ext info` says which and why, and the environment variable
+NEMO_EXT_CPU_CAPABILITY overrides the choice; it is made once, by the first call. Results are bit-identical from run to
+run and for any number of threads, and a prompt's results do not depend on the other prompts of the call; from one
+variant to another they differ in rounding.
 
 On CUDA a call enqueues its kernels on the current stream and returns: nothing waits for the GPU, and calls can be
 captured into a CUDA graph. What is wrong with the data rather than with the arguments can then raise nothing, see

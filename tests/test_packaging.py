@@ -77,6 +77,7 @@ def test_info_tells_how_it_was_built_and_what_runs():
     assert set(facts["build"]) == {"version", "platform", "compiler", "flags", "torch", "cuda", "cuda_architectures"}
     assert facts["packages"]["torch"] == torch.__version__
     assert facts["cpu"]["capabilities"][facts["cpu"]["used"]]
+    assert facts["cpu"]["because"]
 
 
 def test_the_binary_holds_cuda_kernels_where_info_says_so():

@@ -1,4 +1,5 @@
-// Which variant of the CPU kernels runs here, and why. Free of torch: the pybind11 module reports what this says.
+// Which variant of the CPU kernels runs here, and why. Free of torch: the pybind11 module reports what this
+// says.
 #pragma once
 
 #include <cstdlib>
@@ -49,12 +50,13 @@ struct Registers {
 
 inline Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
   Registers r;
-  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // leaves zeros where there is no such leaf
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx,
+                    &r.edx);  // leaves zeros where there is no such leaf
   return r;
 }
 
-// Whether the CPU has tiles and their bfloat16 products, the system saves tiles, and it lets this process use them:
-// Linux wants to be asked, once for all threads (Documentation/arch/x86/xstate.rst).
+// Whether the CPU has tiles and their bfloat16 products, the system saves tiles, and it lets this process use
+// them: Linux wants to be asked, once for all threads (Documentation/arch/x86/xstate.rst).
 inline bool may_use_tiles() {
 #if defined(__linux__)
   static const bool allowed = [] {
@@ -120,34 +122,39 @@ struct Choice {
   std::string reason;
 };
 
-// Whether a dot product of bfloat16 pairs takes no longer than a multiply-add of floats, so that it does twice the
-// work. By what has been measured: true on AMD's Zen 5 (440 GFLOP/s against 240 in float32); on an Intel Xeon it runs
-// at half the rate and is slower than widening to float32 (100 against 136). A CPU that nobody has measured counts as
-// slow, which costs nothing but what it could have gained. By the model and not by a measurement at run time, so that
-// every run on one machine makes the same choice and gives the same bits.
+// Whether a dot product of bfloat16 pairs takes no longer than a multiply-add of floats, so that it does
+// twice the work. By what has been measured: true on AMD's Zen 5 (440 GFLOP/s against 240 in float32); on an
+// Intel Xeon it runs at half the rate and is slower than widening to float32 (100 against 136). A CPU that
+// nobody has measured counts as slow, which costs nothing but what it could have gained. By the model and not
+// by a measurement at run time, so that every run on one machine makes the same choice and gives the same
+// bits.
 inline bool has_fast_bf16_dot(const CpuModel& model) {
   return model.vendor == "AuthenticAMD" && model.family >= 0x1a;
 }
 
-// The best of the variants for which `supports` holds. bfloat16 is never given to a slower one than float32 has.
+// The best of the variants for which `supports` holds. bfloat16 is never given to a slower one than float32
+// has.
 template <typename Supports>
 Choice best_choice(const Supports& supports, const CpuModel& model) {
   if (supports(Capability::Amx)) {
     return {Capability::Amx, "this CPU multiplies bfloat16 on AMX tiles"};
   }
   if (supports(Capability::Avx512Bf16) && has_fast_bf16_dot(model)) {
-    return {Capability::Avx512Bf16, "this CPU's dot product of bfloat16 is twice as fast as its float32 arithmetic"};
+    return {Capability::Avx512Bf16,
+            "this CPU's dot product of bfloat16 is twice as fast as its float32 arithmetic"};
   }
   if (supports(Capability::Avx512Bf16)) {
     return {Capability::Avx512,
-            "this CPU has a dot product of bfloat16, but it is not known to be faster than float32 arithmetic here"};
+            "this CPU has a dot product of bfloat16, but it is not known to be faster than float32 "
+            "arithmetic here"};
   }
   if (supports(Capability::Avx512)) return {Capability::Avx512, "the widest vectors of this CPU"};
   if (supports(Capability::Avx2)) return {Capability::Avx2, "the widest vectors of this CPU"};
   return {Capability::Default, "this CPU has no variant of its own: the products are PyTorch's"};
 }
 
-// What runs: the best one, unless NEMO_EXT_CPU_CAPABILITY names another; read once, when the first operator runs.
+// What runs: the best one, unless NEMO_EXT_CPU_CAPABILITY names another; read once, when the first operator
+// runs.
 inline const Choice& choice() {
   static const Choice chosen = [] {
     const char* wanted = std::getenv("NEMO_EXT_CPU_CAPABILITY");
@@ -155,7 +162,8 @@ inline const Choice& choice() {
     std::string supported;
     for (Capability candidate : kCapabilities) {
       if (!is_supported(candidate)) continue;
-      if (std::strcmp(wanted, name_of(candidate)) == 0) return Choice{candidate, "NEMO_EXT_CPU_CAPABILITY names it"};
+      if (std::strcmp(wanted, name_of(candidate)) == 0)
+        return Choice{candidate, "NEMO_EXT_CPU_CAPABILITY names it"};
       supported += std::string(supported.empty() ? "" : ", ") + name_of(candidate);
     }
     throw std::runtime_error("NEMO_EXT_CPU_CAPABILITY must be one that this CPU supports (" + supported +

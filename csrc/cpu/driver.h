@@ -54,7 +54,8 @@ inline int64_t floats_in_cache() {
 // Prompts next to whose product the time to pack a weight for them is small.
 inline constexpr int64_t kPromptsWorthPacking = 32;
 
-// Computes `p` on `threads` threads. `parallel_for(count, work)` calls work(begin, end) for parts of [0, count).
+// Computes `p` on `threads` threads. `parallel_for(count, work)` calls work(begin, end) for parts of [0,
+// count).
 template <typename ParallelFor>
 void run(const Variant& kernels, const Projection& p, int64_t threads, const ParallelFor& parallel_for) {
   if (p.batch == 0 || p.tokens == 0 || p.out_features == 0) return;
@@ -71,7 +72,8 @@ void run(const Variant& kernels, const Projection& p, int64_t threads, const Par
   const int64_t parts = std::min(p.batch, std::max(own, ceil_divide(wanted, groups)));
   const int64_t largest_group = ceil_divide(panels, groups);
   const int64_t pieces = groups * parts;
-  // Inside a parallel loop the library does not start threads. A loop of one step would not be a parallel one.
+  // Inside a parallel loop the library does not start threads. A loop of one step would not be a parallel
+  // one.
   const int64_t steps = kernels.calls_library ? std::max<int64_t>(pieces, 2) : pieces;
   parallel_for(steps, [&](int64_t first_piece, int64_t last_piece) {
     float* packed = workspace.at_least(largest_group * panel_size + kernels.scratch_size(p));

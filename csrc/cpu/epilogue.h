@@ -1,5 +1,5 @@
-// Epilogue: from the sums over in_features to bias, sums over tokens, scale and values. The one place that writes
-// results, whatever main loop came before.
+// Epilogue: from the sums over in_features to bias, sums over tokens, scale and values. The one place that
+// writes results, whatever main loop came before.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
@@ -11,8 +11,8 @@ struct PanelOperands {
 
 enum class SumOver { Nothing, Magnitudes, Gradients };
 
-// Tokens whose sums are made apart before they join the total: a smaller rounding error. Blocks consist of whole
-// parts, so that all variants add up in one order.
+// Tokens whose sums are made apart before they join the total: a smaller rounding error. Blocks consist of
+// whole parts, so that all variants add up in one order.
 constexpr int kTokensOfPart = 11;
 static_assert(kTokens % kTokensOfPart == 0);
 
@@ -39,8 +39,8 @@ inline Vector load_gradient(const void* source) {
   return gradient;
 }
 
-// `tokens` rows of sums, of which `token` is the first; Columns vectors of neurons, `column` the first of them. The
-// last may have fewer neurons than lanes, if it is alone.
+// `tokens` rows of sums, of which `token` is the first; Columns vectors of neurons, `column` the first of
+// them. The last may have fewer neurons than lanes, if it is alone.
 template <Element element, bool write_values, SumOver sum_over, int Columns>
 void finish_columns(const Projection& p, int64_t token, int64_t tokens, const float (*total)[kWidth],
                     int64_t column, PanelOperands& panel) {

@@ -1,4 +1,5 @@
-// All kernels of one variant, compiled for its target. A translation unit sets the macros that vectors.h names and
+// All kernels of one variant, compiled for its target. A translation unit sets the macros that vectors.h
+// names and
 //   NEMO_EXT_TARGET   instruction sets, as the compiler names them; without it the compiler's baseline
 //   NEMO_EXT_LIBRARY  the product is PyTorch's
 // and includes this file once.

@@ -8,8 +8,9 @@ struct Lookahead {
   const char* next = nullptr;
   const char* end = nullptr;
 
-  // What to fetch during one panel of `panels`. Tiles go through a panel so fast that every panel must fetch its
-  // part; on vectors the last one has the time to fetch all, and until then the L2 cache is left to this prompt.
+  // What to fetch during one panel of `panels`. Tiles go through a panel so fast that every panel must fetch
+  // its part; on vectors the last one has the time to fetch all, and until then the L2 cache is left to this
+  // prompt.
   static Lookahead share(const float* rows, int64_t floats, int64_t panel, int64_t panels) {
     const auto* start = reinterpret_cast<const char*>(rows);
 #if defined(NEMO_EXT_TILES)

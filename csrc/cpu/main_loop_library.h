@@ -1,12 +1,14 @@
-// Main loop where there is no variant for the CPU: PyTorch's own product of one block of tokens with one panel,
-// float32 whatever the elements are.
+// Main loop where there is no variant for the CPU: PyTorch's own product of one block of tokens with one
+// panel, float32 whatever the elements are.
 //
-// A library may choose another order of summation for another shape, alignment or number of threads. Every call here
-// has the same ones for a prompt whatever the batch is, so that its results do not depend on the other prompts.
+// A library may choose another order of summation for another shape, alignment or number of threads. Every
+// call here has the same ones for a prompt whatever the batch is, so that its results do not depend on the
+// other prompts.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
-constexpr int kWidth = 320;  // neurons of a panel: wide enough for the library, a multiple of all layers' widths
+constexpr int kWidth =
+    320;  // neurons of a panel: wide enough for the library, a multiple of all layers' widths
 constexpr int kTokens = 77;
 constexpr int kAlignment = 64;
 

@@ -1,8 +1,8 @@
 // Main loop on AMX tiles: 32 tokens by 32 neurons at a time, in four tiles of sums.
 //
-// One instruction adds 32 products to each of 16 × 16 sums: the even ones and the odd ones summed apart, then both
-// to the tile. All tiles are whole, so that they are configured once: the last one of a block of tokens begins 16
-// rows before its end, and what overlaps is computed twice, to the same bits.
+// One instruction adds 32 products to each of 16 × 16 sums: the even ones and the odd ones summed apart, then
+// both to the tile. All tiles are whole, so that they are configured once: the last one of a block of tokens
+// begins 16 rows before its end, and what overlaps is computed twice, to the same bits.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 

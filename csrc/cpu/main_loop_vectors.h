@@ -1,13 +1,14 @@
-// Main loop on vectors: fused multiply-adds of floats, or dot products of pairs. Needs NEMO_EXT_ROWS, the tokens of
-// a register tile.
+// Main loop on vectors: fused multiply-adds of floats, or dot products of pairs. Needs NEMO_EXT_ROWS, the
+// tokens of a register tile.
 //
-// Every sum is one chain over kBlock units of in_features at a time, whose results are added up: an error that
-// grows with kBlock instead of with in_features, and a block of a panel that stays in the L1 cache.
+// Every sum is one chain over kBlock units of in_features at a time, whose results are added up: an error
+// that grows with kBlock instead of with in_features, and a block of a panel that stays in the L1 cache.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
 constexpr int kRows = NEMO_EXT_ROWS;
-// Of one block, whose rows of hidden stay in the L2 cache: whole register tiles, and whole parts of the epilogue.
+// Of one block, whose rows of hidden stay in the L2 cache: whole register tiles, and whole parts of the
+// epilogue.
 constexpr int kTokens = kRows == 11 ? 77 : 11 * kRows;
 constexpr int kBlock = 128;
 

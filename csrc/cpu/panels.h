@@ -1,5 +1,5 @@
-// Panels: weight packed for the main loops of our own. For each unit of in_features, the panel's neurons lie side
-// by side, in two vectors.
+// Panels: weight packed for the main loops of our own. For each unit of in_features, the panel's neurons lie
+// side by side, in two vectors.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 

@@ -1,15 +1,15 @@
 // One prompt through one variant: its rows of hidden, panel by panel through the main loop and the epilogue.
 //
-// A sum's order depends neither on the batch, nor on the thread, nor on where in a tile or a block it stands. That
-// is what makes results bit-identical whatever the batch size and the number of threads.
+// A sum's order depends neither on the batch, nor on the thread, nor on where in a tile or a block it stands.
+// That is what makes results bit-identical whatever the batch size and the number of threads.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
 inline bool reads_in_place(const Projection& p) {
   if (!is_of_units(p, p.hidden, p.hidden_strides[1], p.hidden_strides[2])) return false;
 #if defined(NEMO_EXT_LIBRARY)
-  return is_aligned(p.hidden) && p.hidden_strides[1] == p.in_features && p.in_features * 4 % kAlignment == 0 &&
-         p.hidden_strides[0] * 4 % kAlignment == 0;
+  return is_aligned(p.hidden) && p.hidden_strides[1] == p.in_features &&
+         p.in_features * 4 % kAlignment == 0 && p.hidden_strides[0] * 4 % kAlignment == 0;
 #else
   if (!in_pairs(p)) return true;
 #if defined(NEMO_EXT_TILES)
@@ -49,7 +49,7 @@ template <bool Pairs>
 void project_units(const Projection& p, const float* packed, int64_t prompt, int64_t begin, int64_t end,
                    float* scratch) {
   const bool in_place = reads_in_place(p);
-  auto* const total = reinterpret_cast<float(*)[kWidth]>(scratch);
+  auto* const total = reinterpret_cast<float (*)[kWidth]>(scratch);
   float* const copy = scratch + kTokens * kWidth;
   float* const sums = p.activation ? p.activation : p.scale_gradient;  // over tokens, per prompt and neuron
   for (int64_t block = 0; block < p.tokens; block += kTokens) {

@@ -37,9 +37,8 @@ const Variant& variant() {
 }
 
 void run(const Projection& p) {
-  cpu::run(variant(), p, torch::stable::get_num_threads(), [](int64_t count, const auto& work) {
-    torch::stable::parallel_for(0, count, 1, work);
-  });
+  cpu::run(variant(), p, torch::stable::get_num_threads(),
+           [](int64_t count, const auto& work) { torch::stable::parallel_for(0, count, 1, work); });
 }
 
 Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,

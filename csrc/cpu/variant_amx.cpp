@@ -1,5 +1,5 @@
-// bfloat16 on AMX tiles, float16 too where the CPU has TDPFP16PS; float32, and float16 elsewhere, on vectors. The
-// tiles' instructions are written as assembly: the target needs nothing more for them.
+// bfloat16 on AMX tiles, float16 too where the CPU has TDPFP16PS; float32, and float16 elsewhere, on vectors.
+// The tiles' instructions are written as assembly: the target needs nothing more for them.
 #if defined(__x86_64__) || defined(NEMO_EXT_EMULATED)
 #define NEMO_EXT_VARIANT amx
 #define NEMO_EXT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"

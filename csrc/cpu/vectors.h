@@ -146,7 +146,9 @@ inline void dot_tiles_bfloat16() {
 // By its bytes, TDPFP16PS being younger than the assemblers in use: VEX.128.F2.0F38.W0 5C.
 template <int Sum, int Left, int Right>
 inline void dot_tiles_float16() {
-  asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" : : "i"(0x03 | (~Right & 15) << 3), "i"(0xc0 | Sum << 3 | Left));
+  asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1"
+               :
+               : "i"(0x03 | (~Right & 15) << 3), "i"(0xc0 | Sum << 3 | Left));
 }
 // Whether TDPFP16PS may be used.
 inline bool has_float16_tiles() {

@@ -1,5 +1,6 @@
-// The instructions of csrc/cpu/vectors.h for any CPU, by the pseudocode of Intel's Software Developer's Manual:
-// so that tests execute the variants that this machine lacks. Included by vectors.h where NEMO_EXT_EMULATED is set.
+// The instructions of csrc/cpu/vectors.h for any CPU, by the pseudocode of Intel's Software Developer's
+// Manual: so that tests execute the variants that this machine lacks. Included by vectors.h where
+// NEMO_EXT_EMULATED is set.
 
 #include <cstring>
 #include <stdexcept>

@@ -62,8 +62,8 @@ void* data_of(const py::object& object, const char* name, int64_t size, int elem
 }
 
 // Operands and results of one call: None where there is none. Results are written into their arrays.
-nemo_ext::Projection projection_of(const std::string& element, const py::array& hidden, const py::array& weight,
-                                   const py::object& bias, const py::object& scale,
+nemo_ext::Projection projection_of(const std::string& element, const py::array& hidden,
+                                   const py::array& weight, const py::object& bias, const py::object& scale,
                                    const py::object& token_mask, const py::object& gradient,
                                    const py::object& values, const py::object& activation,
                                    const py::object& scale_gradient) {
