@@ -32,6 +32,7 @@ SHAPES = {  # (batch, in_features, out_features)
     "cuda": [(batch, text, width) for text, widths in LAYERS.items() for width in widths for batch in (8, 64, 256)],
 }
 ONE_THREAD = " on one thread"
+PATIENCE = 6  # seconds of one product: some CPUs have no fast one in half precision
 QUICK_SHAPES = [(8, 768, 640)]
 
 KEYS = ("what", "dtype", "batch", "tokens", "in_features", "out_features")
@@ -168,6 +169,11 @@ def on_one_thread(call: Call) -> Call:
     return alone
 
 
+def flop_of(shape: tuple[int, int, int]) -> float:
+    """Operations of the product."""
+    return 2 * TOKENS * math.prod(shape)
+
+
 def work(flop: float, size: float, row: Row) -> Row:
     """Speeds of a call that does `flop` operations, and moves `size` bytes if it reads and writes all once."""
     return {"tflops": flop / row["median_ms"] / 1e9, "gbs": size / row["median_ms"] / 1e6}
@@ -210,7 +216,7 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
     if device == "cpu" and torch.get_num_threads() > 1:
         calls |= {f"{name}{ONE_THREAD}": on_one_thread(calls[name]) for name in ("values", "stats", "both", "linear")}
     batch, in_features, out_features = shape
-    flop = 2 * batch * TOKENS * in_features * out_features
+    flop = flop_of(shape)
     times = alternate(calls, device=device, verify=lambda _: verify(inputs[0]), seconds=seconds)
     of_one = {name: [taken / len(inputs) for taken in of_all] for name, of_all in times.items()}
     rows = []
@@ -258,13 +264,16 @@ def main() -> None:
     rows: list[Row] = []
     with torch.inference_mode():
         copy, *matmuls = ceilings = measure_ceilings(run.device, run.quick)
+        tflops = {ceiling["dtype"]: ceiling["tflops"] for ceiling in matmuls}
         for row in ceilings:
             relate(row, copy, matmuls)
             run.add(row)
         for shape in QUICK_SHAPES if run.quick else SHAPES[run.device]:
             for dtype in DTYPES:
-                if run.device == "cpu" and dtype == torch.float16 and shape[0] > 64:
-                    continue  # PyTorch's product would take seconds
+                product = flop_of(shape) / 1e12 / tflops[str(dtype)[6:]]
+                if product > PATIENCE:
+                    print(f"{dtype} {shape} is left out: PyTorch's product alone would take about {product:.0f} s")
+                    continue
                 for row in measure_shape(shape, dtype, run.device, seconds=1 if run.quick else 3):
                     relate(row, copy, matmuls)
                     run.add(row)

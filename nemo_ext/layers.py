@@ -142,7 +142,7 @@ class ValueStack:
         mean: Tensor | None = None,
         m2: Tensor | None = None,
     ) -> Tensor:
-        """a = mean over tokens of abs(e Wᵀ + bias), the design's section 3.1, for every layer.
+        """a = mean over tokens of abs(e Wᵀ + bias), for every layer (docs/method.md, section 1).
 
         Args:
             hidden: text embeddings e, [B, T, K], of the weights' dtype and device.

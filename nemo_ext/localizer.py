@@ -117,7 +117,7 @@ class Localization:
 
 
 class Localizer:
-    """Finds the neurons of one pipeline that carry memorized images (the paper's method, section 3).
+    """Finds the neurons of one pipeline that carry memorized images (docs/method.md).
 
     Leaves the pipeline exactly as it was, patched or not, also after an exception. The same seeds
     give the same neurons, on every run and for any batch size.

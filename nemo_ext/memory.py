@@ -1,4 +1,4 @@
-"""Memory: how many latents a U-Net may be given at once, and what a batch leaves for the next (design, section 4)."""
+"""Memory: how many latents a U-Net may be given at once, and what a batch leaves for the next."""
 
 from __future__ import annotations
 

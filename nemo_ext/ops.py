@@ -7,9 +7,9 @@ a = `activation` [B, N].
 The schemas are in csrc/registration.cpp, the kernels in csrc/cpu and csrc/cuda; this file adds what PyTorch wants to
 know in Python: result shapes (fakes), gradients, autocast. `nemo_ext.reference` has the same in plain PyTorch.
 
-On the CPU the kernels have a variant for each kind of CPU (amx, avx512_bf16, avx512, avx2, and default, whose product is
-PyTorch's own; docs/cpu-kernels.md). The fastest one runs, `nemo-ext info` says which and why, and the environment variable
-NEMO_EXT_CPU_CAPABILITY overrides the choice; it is made once, by the first call. Results are bit-identical from run to
+On the CPU the kernels have a variant for each kind of CPU (docs/cpu-kernels.md): amx, avx512_bf16, avx512, avx2, and
+default, whose product is PyTorch's own. The fastest one runs; `nemo-ext info` says which and why. The environment
+variable NEMO_EXT_CPU_CAPABILITY overrides the choice, which the first call makes. Results are bit-identical from run to
 run and for any number of threads, and a prompt's results do not depend on the other prompts of the call; from one
 variant to another they differ in rounding.
 

@@ -1,4 +1,4 @@
-"""Refinement: the candidates without which the image would come back, and the proof (design, 3.7)."""
+"""Refinement and certificate: the candidates that must stay off, and the proof (docs/method.md, sections 9 and 10)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,7 +80,7 @@ def refine_exhaustive(
     *,
     on_trial: Callable[[], None] | None = None,
 ) -> Refinement:
-    """Switch candidates on again, layer by layer, then one by one, as far as τ allows (section 3.7).
+    """Switch candidates on again, layer by layer, then one by one, as far as τ allows (docs/method.md, section 9).
 
     Layers deepest first: a whole layer's candidates come on; if the remaining memorization stays
     below τ they were not needed. Then, in the layers left, deepest first, the same for each
@@ -213,7 +213,7 @@ def _without_needless(found: Sequence[Neuron], probe: Probe, threshold: float, s
 def certify(
     neurons: NeuronSet, probe: Probe, threshold: float, *, on_trial: Callable[[], None] | None = None
 ) -> Certificate:
-    """Measure a set of neurons: with all off, and with each one on again (section 4).
+    """Measure a set of neurons: with all off, and with each one on again (docs/method.md, section 10).
 
     Args:
         neurons: the set; an empty one is minimal and, with a score of 1, not below τ.

@@ -1,4 +1,4 @@
-"""Measuring memorization: noise differences, their similarity, scores, the threshold (design, 3.3-3.5).
+"""Measuring memorization: noise differences, their similarity, scores, the threshold (docs/method.md, sections 3 to 7).
 
 Every U-Net evaluation of the package's searches goes through `NoiseProbe`, which counts them.
 """
@@ -212,7 +212,7 @@ def noise_differences(
     guidance: tuple[float, Tensor] | None = None,
     differentiable: bool = False,
 ) -> Tensor:
-    """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (section 3.3).
+    """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (docs/method.md, section 3).
 
     The pipeline is evaluated as it is, with the neurons that are off now, and left as it was.
 
@@ -292,7 +292,7 @@ def _ddim(pipe: Any, protocol: Protocol) -> Any:
 
 
 def similarity_scales(height: int, width: int, window_sigma: float = 1.5) -> int:
-    """M ≤ 3, the number of scales that the similarity has on maps of a size (section 3).
+    """M ≤ 3, the number of scales that the similarity has on maps of a size (docs/method.md, section 4).
 
     The largest with ⌊size / 2^(M−1)⌋ at least as wide as the window: 3 from 44 pixels on, 2 from
     22, 1 from 11 (for an 11-wide window).
@@ -376,7 +376,7 @@ def _ssim_terms(a: Tensor, b: Tensor, window: Tensor, data_range: float | None) 
 
 @dataclass(frozen=True, eq=False)
 class MemorizationScore:
-    """How alike a prompt's noise differences are across seeds (section 3.4).
+    """How alike a prompt's noise differences are across seeds (docs/method.md, section 5).
 
     Attributes:
         pairs: [S, S] float64, similarity of every two seeds' δ; 1 on the diagonal.
@@ -731,7 +731,7 @@ def memorization_score(
     protocol: Protocol | None = None,
     batch_size: int | None = None,
 ) -> MemorizationScore:
-    """How much a prompt is memorized: similarity of its δ across seeds (section 3.4).
+    """How much a prompt is memorized: similarity of its δ across seeds (docs/method.md, section 5).
 
     The pipeline is measured as it is: inside `patched(pipe, neurons)`, with these neurons off.
 
@@ -825,7 +825,7 @@ def memorization_threshold(
     batch_size: int | None = None,
     progress: ProgressLike = None,
 ) -> Threshold:
-    """τ, the mean plus one std of unmemorized prompts' scores (section 3.5).
+    """τ, the mean plus one std of unmemorized prompts' scores (docs/method.md, section 6).
 
     Args:
         pipe: a pipeline (SD1, SD2).

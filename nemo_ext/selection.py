@@ -1,4 +1,4 @@
-"""Initial selection: the neurons that a prompt drives unusually hard (design, section 3.6)."""
+"""Initial selection: the neurons that a prompt drives unusually hard (docs/method.md, section 8)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def initial_selection(
     protocol: Protocol,
     on_trial: Callable[[], None] | None = None,
 ) -> Selection:
-    """Lower θ and raise k until switching the candidates off leaves at most τ (section 3.6).
+    """Lower θ and raise k until switching the candidates off leaves at most τ (docs/method.md, section 8).
 
     Starts at `first_theta` and `first_top_k`. While the remaining memorization is above τ: θ is
     lowered by `theta_step`, not below `last_theta`, and k raised by 1. If θ reaches `last_theta` or

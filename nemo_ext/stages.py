@@ -1,4 +1,4 @@
-"""Running a U-Net from a value layer on, with what comes before it taken from an earlier run (design, section 4).
+"""Running a U-Net from a value layer on, with what comes before it from an earlier run (docs/method.md, section 9).
 
 While a search changes neurons of one layer, everything before that layer computes the same again and again. Here its
 modules give back what they gave before instead, and the rest runs: exact, because nothing of the U-Net is restated.

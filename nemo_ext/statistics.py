@@ -1,4 +1,4 @@
-"""How active each neuron is on ordinary prompts: running mean and std (design, section 3.2)."""
+"""How active each neuron is on ordinary prompts: running mean and std (docs/method.md, section 2)."""
 
 import hashlib
 import json
@@ -113,7 +113,7 @@ class ActivationStatistics:
         return merged
 
     def z_scores(self, activation: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """|a − μ| / σ, the design's section 3.6.
+        """|a − μ| / σ (docs/method.md, section 8).
 
         Args:
             activation: layer name -> a, [..., N]; some of the statistics' layers or all.
@@ -332,7 +332,7 @@ def _is_plain(parameter: Tensor) -> bool:
 def prompt_activations(
     pipe: Any, prompts: Sequence[str], layers: str | Sequence[str] = "down+mid"
 ) -> dict[str, Tensor]:
-    """a = mean over tokens of abs(e Wᵀ + bias) of every neuron on every prompt (section 3.1).
+    """a = mean over tokens of abs(e Wᵀ + bias) of every neuron on every prompt (docs/method.md, section 1).
 
     Args:
         pipe: a pipeline, patched or not: what is switched off changes nothing here.
@@ -354,7 +354,7 @@ def collect_statistics(
     layers: str | Sequence[str] = "down+mid",
     progress: ProgressLike = None,
 ) -> ActivationStatistics:
-    """μ and σ of every neuron's activation over hold-out prompts (section 3.2; the paper: 50,000).
+    """μ and σ of every neuron's activation over hold-out prompts (docs/method.md, section 2).
 
     Text alone decides: no U-Net call. The same prompts in the same batches give the same bits.
 

@@ -124,6 +124,7 @@ def test_tiles_keep_an_infinity_in_its_own_token(where, variant):
     assert torch.equal(values.isfinite(), finite)
 
 
+@pytest.mark.slow
 @of_variants("amx", leg="emulated")
 def test_a_kernel_that_does_not_configure_its_tiles_is_stopped(variant):
     """As it is on a CPU: a kernel that forgets it does not pass."""
