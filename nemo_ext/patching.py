@@ -227,14 +227,14 @@ def scaled_rows(pipe: Any, scales: Mapping[str, Tensor]) -> Iterator[Any]:
                 f"got {list(scale.shape)} of {scale.dtype}"
             )
         modules[_checked_patched(layer, layers[layer])] = scale
-    before = {module: module.neuron_scale for module in modules}
+    before = {module: (module.neuron_scale, module.memory.ones) for module in modules}
     try:
         for module, scale in modules.items():
             _give_scale(module, scale.to(module.weight.device))
         yield pipe
     finally:
-        for module, scale in before.items():
-            _give_scale(module, scale)
+        for module, (scale, ones) in before.items():
+            _give_scale(module, scale).memory.ones = ones
 
 
 def _scales(

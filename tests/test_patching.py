@@ -1,6 +1,7 @@
 """Patching: what switching neurons off does, and that nothing else changes."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -223,8 +224,12 @@ class TestDevicesAndPrecisions:
         assert pipe.unet.get_submodule(MID).is_unscaled() == (not neurons)
 
     def test_half_precision(self, pipe: StableDiffusionPipeline) -> None:
+        with torch.no_grad():
+            for layer, indices in SOME.items():
+                pipe.unet.get_submodule(layer).weight[list(indices)] *= 30  # so that they do more than rounding does
         pipe.unet.to(torch.bfloat16)
-        expected = noise(with_rows_zeroed(pipe, SOME))
+        untouched, expected = noise(pipe), noise(with_rows_zeroed(pipe, SOME))
+        assert (expected - untouched).abs().max() > 0.25
         patch(pipe, SOME)
         assert noise(pipe).dtype == torch.bfloat16
         torch.testing.assert_close(noise(pipe), expected, rtol=0.05, atol=0.05)
@@ -397,6 +402,28 @@ class TestScaledRows:
         with scaled_rows(pipe, self.rows(SOME, SOME)):
             unpatch(pipe)
         assert torch.equal(noise(pipe), before)
+
+    @pytest.mark.parametrize(
+        "change", [unpatch, patch, lambda pipe: patch(pipe, OTHERS)], ids=["unpatch", "none", "others"]
+    )
+    def test_afterwards_it_is_known_as_before_which_layers_have_all_neurons_on(
+        self, pipe: StableDiffusionPipeline, change: Callable[[StableDiffusionPipeline], None]
+    ) -> None:
+        """These are left to PyTorch: the operator would round otherwise."""
+        patch(pipe, OTHERS)
+        with scaled_rows(pipe, self.rows(SOME, SOME)):
+            change(pipe)
+        assert {layer for layer in DOWN_AND_MID if not pipe.unet.get_submodule(layer).is_unscaled()} == set(OTHERS)
+
+    def test_a_scale_that_the_block_changes_in_place_is_not_taken_for_the_one_before(
+        self, pipe: StableDiffusionPipeline
+    ) -> None:
+        patch(pipe)
+        expected, value_layer = noise(with_rows_zeroed(pipe, NeuronSet({MID: [3]}))), pipe.unet.get_submodule(MID)
+        scale = value_layer.neuron_scale
+        with scaled_rows(pipe, {MID: torch.ones(2, 32)}):
+            scale[3] = 0
+        torch.testing.assert_close(noise(pipe), expected, rtol=1e-5, atol=1e-5)
 
     def test_neurons_set_inside_do_not_go_into_the_callers_rows(self, pipe: StableDiffusionPipeline) -> None:
         patch(pipe)

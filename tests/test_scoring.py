@@ -20,6 +20,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import is_patched, patched, scaled_rows
 from nemo_ext.scoring import (
+    MemorizationScore,
     NoiseProbe,
     Protocol,
     Threshold,
@@ -37,6 +38,8 @@ FIRST, *_, MID = DOWN_AND_MID
 PROMPTS = ("a red cat", "a blue dog", "one boat")
 PAPER = Protocol.paper()
 PUBLISHED = Protocol.published_code()
+# Of a similarity, where the U-Net has another number of rows: PyTorch then adds in another order.
+ROUNDING = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +292,8 @@ class TestSimilarity:
             terms = [plain_ssim(p, q, data_range) for p, q in zip(x.double().numpy(), y.double().numpy(), strict=True)]
             expected *= torch.tensor([ssim if scale == 2 else contrast for ssim, contrast in terms]) ** weight
             x, y = torch.nn.functional.avg_pool2d(x, 2), torch.nn.functional.avg_pool2d(y, 2)
-        numpy.testing.assert_allclose(similarity(a, b, PUBLISHED), expected, rtol=1e-4, atol=1e-5)
+        # At the coarsest scale the first pair has 0.015, of which rounding by 5e-6 is 3e-4.
+        numpy.testing.assert_allclose(similarity(a, b, PUBLISHED), expected, rtol=1e-3, atol=1e-5)
 
 
 class TestMemorizationScore:
@@ -398,14 +402,18 @@ class TestNoiseProbe:
         probe.score()
         assert probe.unet_samples == 6
 
-    def test_only_kept_seeds_are_evaluated_and_compared(self, planted: Planted) -> None:
+    def test_only_kept_seeds_are_evaluated_and_compared(
+        self, planted: Planted, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pairs = torch.eye(4, dtype=torch.float64)
+        for (first, second), value in {(0, 1): 0.5, (0, 2): 0.75, (1, 3): 0.25}.items():
+            pairs[first, second] = pairs[second, first] = value
+        monkeypatch.setattr(NoiseProbe, "score", lambda self: MemorizationScore(pairs))
         probe = self.probe(planted, seeds=4)
-        between = sorted(probe.score().per_seed)[1]
-        kept = probe.keep_above(between)
-        assert kept == tuple(s for s, score in enumerate(probe.score().per_seed) if score > between)
-        assert 0 < len(kept) < 4
+        assert probe.score().per_seed == (0.75, 0.5, 0.75, 0.25)
+        assert probe.keep_above(0.5) == (0, 2)
         probe.remaining(planted.neurons)
-        assert probe.unet_samples == 4 + len(kept)
+        assert probe.unet_samples == 4 + 2
 
     def test_without_a_kept_seed_nothing_can_remain(self, planted: Planted) -> None:
         probe = self.probe(planted)
@@ -468,7 +476,7 @@ class TestNoiseProbe:
         assert probe.unet_samples == 3 + 3 + 1
         second = probe.remaining(sets[1])
         assert probe.unet_samples == 3 + 3 + 3
-        assert [first, second] == pytest.approx([alone.remaining(one, ahead=sets) for one in sets[:2]], abs=1e-6)
+        assert [first, second] == pytest.approx([alone.remaining(one, ahead=sets) for one in sets[:2]], abs=ROUNDING)
         assert second < 0.3 < 0.9 < first
         assert alone.unet_samples == 3 + 3 + 3
 
