@@ -42,50 +42,75 @@ inline void swap_blocks(Vector (&rows)[kLanes], Lanes<Lane...> lanes) {
   }
 }
 
+// kLanes units from `unit` on, of a row of units (source Float32), or widened from one of 16-bit elements.
+template <Element source>
+inline Vector load_units(const char* row, int64_t unit) {
+  if constexpr (source == Element::Float32) return load(reinterpret_cast<const float*>(row) + unit);
+  const auto* halves = reinterpret_cast<const uint16_t*>(row) + unit;
+  if constexpr (source == Element::BFloat16) {
+    const Halves upper = *reinterpret_cast<const UnalignedHalves*>(halves);
+    return (Vector)(__builtin_convertvector(upper, Bits) << 16);
+  }
+  float floats[kLanes];
+  for (int lane = 0; lane < kLanes; lane += 8) eight_halves_to_floats(halves + lane, floats + lane);
+  return load(floats);
+}
+
+// Transposes `count` units of kWidth rows that lie `row_bytes` apart.
+template <Element source>
+void transpose(const char* rows, int64_t row_bytes, int64_t count, float* target) {
+  constexpr int64_t kBytes = source == Element::Float32 ? 4 : 2;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    for (int half = 0; half < kWidth; half += kLanes) {
+      Vector square[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const char* const row = rows + (half + lane) * row_bytes;
+        square[lane] = load_units<source>(row, i);
+        // The same place in the next panel: rows are too short for the hardware to see where they go on.
+        __builtin_prefetch(row + kWidth * row_bytes + i * kBytes, 0, 2);
+      }
+      swap_blocks<1>(square, AllLanes{});
+      for (int unit = 0; unit < kLanes; ++unit) store(target + (i + unit) * kWidth + half, square[unit]);
+    }
+  }
+}
+
 void pack(const Projection& p, int64_t panel, float* packed) {
-  constexpr int kStep = 64;  // units of a row that are moved at a time
-  float rows[kWidth][kStep];
+  const int64_t first_row = panel * kWidth;
+  const bool whole = first_row + kWidth <= p.out_features && p.weight_strides[1] == 1;
+  const auto* rows = static_cast<const char*>(offset(p, p.weight, first_row * p.weight_strides[0]));
+  int64_t done = 0;  // units
+  if (whole && is_of_units(p, p.weight, p.weight_strides[0], 1)) {
+    done = units(p) / kLanes * kLanes;
+    transpose<Element::Float32>(rows, p.weight_strides[0] * (in_pairs(p) ? 2 : 4), done, packed);
+  } else if (whole && !in_pairs(p)) {
+    done = units(p) / kLanes * kLanes;
+    if (p.element == Element::BFloat16) {
+      transpose<Element::BFloat16>(rows, p.weight_strides[0] * 2, done, packed);
+    } else {
+      transpose<Element::Float16>(rows, p.weight_strides[0] * 2, done, packed);
+    }
+  }
+  // What is left is copied first: rows with gaps, the last neurons, the last units.
+  constexpr int kStep = 4 * kLanes;  // units of a row that are moved at a time
+  float copy[kWidth][kStep];
   const int64_t per_unit = in_pairs(p) ? 2 : 1;
-  const bool in_place = is_of_units(p, p.weight, p.weight_strides[0], p.weight_strides[1]) &&
-                        (panel + 1) * kWidth <= p.out_features;
-  for (int64_t begin = 0; begin < units(p); begin += kStep) {
+  for (int64_t begin = done; begin < units(p); begin += kStep) {
     const int64_t count = units(p) - begin < kStep ? units(p) - begin : kStep;
     const int64_t first = begin * per_unit;
-    const float* source = rows[0];
-    int64_t stride = kStep;
-    if (in_place) {
-      source = static_cast<const float*>(offset(p, p.weight, panel * kWidth * p.weight_strides[0] + first));
-      stride = p.weight_strides[0] / per_unit;
-    } else {
-      const int64_t left = p.in_features - first;
-      for (int64_t lane = 0; lane < kWidth; ++lane) {
-        const int64_t neuron = panel * kWidth + lane;
-        if (neuron < p.out_features) {
-          copy_units(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
-                     p.weight_strides[1], left < count * per_unit ? left : count * per_unit, rows[lane],
-                     count);
-        } else {
-          __builtin_memset(rows[lane], 0, sizeof rows[lane]);
-        }
+    const int64_t left = p.in_features - first < count * per_unit ? p.in_features - first : count * per_unit;
+    for (int64_t lane = 0; lane < kWidth; ++lane) {
+      const int64_t neuron = first_row + lane;
+      if (neuron < p.out_features) {
+        copy_units(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
+                   p.weight_strides[1], left, copy[lane], kStep);
+      } else {
+        __builtin_memset(copy[lane], 0, sizeof copy[lane]);
       }
     }
-    float* target = packed + begin * kWidth;
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      for (int half = 0; half < kWidth; half += kLanes) {
-        Vector square[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) {
-          square[lane] = load(source + (half + lane) * stride + i);
-          // The same place in the next panel: rows are too short for the hardware to see where they go on.
-          __builtin_prefetch(source + (half + lane + kWidth) * stride + i, 0, 2);
-        }
-        swap_blocks<1>(square, AllLanes{});
-        for (int unit = 0; unit < kLanes; ++unit) store(target + (i + unit) * kWidth + half, square[unit]);
-      }
-    }
-    for (; i < count; ++i) {
-      for (int64_t lane = 0; lane < kWidth; ++lane) target[i * kWidth + lane] = source[lane * stride + i];
-    }
+    float transposed[kStep][kWidth];
+    transpose<Element::Float32>(reinterpret_cast<const char*>(copy), sizeof copy[0], kStep, transposed[0]);
+    __builtin_memcpy(packed + begin * kWidth, transposed, count * sizeof transposed[0]);
   }
 }
 

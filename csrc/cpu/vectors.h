@@ -57,48 +57,13 @@ inline Halves rounded_to_bfloat16(Vector values) {
   return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
 }
 
-}  // namespace nemo_ext::cpu::NEMO_EXT_VARIANT
-
-#if defined(NEMO_EXT_EMULATED)
-#include "csrc/emulation/cpu_instructions.h"
-#else
-
-namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
-
-// The compiler makes one fused instruction of it where the target has one.
-inline void multiply_add(Vector& sum, Vector left, Vector right) {
-  sum += left * right;
-}
-
-#if defined(NEMO_EXT_BF16_DOT)
-inline void dot_pairs(Vector& sum, Vector left, Vector right) {
-  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
-}
-inline Halves to_bfloat16(Vector values) {
-  return (Halves)_mm512_cvtneps_pbh((__m512)values);
-}
-#else
+#if !defined(NEMO_EXT_BF16_DOT)
 inline Halves to_bfloat16(Vector values) {
   return rounded_to_bfloat16(values);
 }
 #endif
 
-#if defined(NEMO_EXT_F16C)
-inline float half_to_float(uint16_t half) {
-  return _cvtsh_ss(half);
-}
-inline void eight_halves_to_floats(const uint16_t* halves, float* target) {
-  _mm256_storeu_ps(target, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves))));
-}
-inline Halves to_halves(Vector values) {
-#if NEMO_EXT_LANES == 16
-  // With a mask, because g++ 12 takes what its header leaves undefined for an oversight.
-  return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)values, _MM_FROUND_TO_NEAREST_INT);
-#else
-  return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
-#endif
-}
-#else
+#if !defined(NEMO_EXT_F16C) || defined(NEMO_EXT_EMULATED)
 inline float half_to_float(uint16_t half) {
   return c10::detail::fp16_ieee_to_fp32_value(half);
 }
@@ -120,7 +85,49 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+static_assert(sizeof(TileConfig) == 64);
+#endif
 
+}  // namespace nemo_ext::cpu::NEMO_EXT_VARIANT
+
+#if defined(NEMO_EXT_EMULATED)
+#include "csrc/emulation/cpu_instructions.h"
+#else
+
+namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
+
+// The compiler makes one fused instruction of it where the target has one.
+inline void multiply_add(Vector& sum, Vector left, Vector right) {
+  sum += left * right;
+}
+
+#if defined(NEMO_EXT_BF16_DOT)
+inline void dot_pairs(Vector& sum, Vector left, Vector right) {
+  sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+}
+inline Halves to_bfloat16(Vector values) {
+  return (Halves)_mm512_cvtneps_pbh((__m512)values);
+}
+#endif
+
+#if defined(NEMO_EXT_F16C)
+inline float half_to_float(uint16_t half) {
+  return _cvtsh_ss(half);
+}
+inline void eight_halves_to_floats(const uint16_t* halves, float* target) {
+  _mm256_storeu_ps(target, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves))));
+}
+inline Halves to_halves(Vector values) {
+#if NEMO_EXT_LANES == 16
+  // With a mask, because g++ 12 takes what its header leaves undefined for an oversight.
+  return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)values, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+#endif
+}
+#endif
+
+#if defined(NEMO_EXT_TILES)
 inline void configure_tiles(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
 }

@@ -47,19 +47,6 @@ inline void multiply_add(Vector& sum, Vector left, Vector right) {
   for (int lane = 0; lane < kLanes; ++lane) sum[lane] = __builtin_fmaf(left[lane], right[lane], sum[lane]);
 }
 
-inline float half_to_float(uint16_t half) {
-  return c10::detail::fp16_ieee_to_fp32_value(half);
-}
-inline void eight_halves_to_floats(const uint16_t* halves, float* target) {
-  for (int i = 0; i < 8; ++i) target[i] = half_to_float(halves[i]);
-}
-inline Halves to_halves(Vector values) {
-  Halves halves;
-  for (int lane = 0; lane < kLanes; ++lane)
-    halves[lane] = c10::detail::fp16_ieee_from_fp32_value(values[lane]);
-  return halves;
-}
-
 #if defined(NEMO_EXT_BF16_DOT)
 // VDPBF16PS: the upper products first.
 inline void dot_pairs(Vector& sum, Vector left, Vector right) {
@@ -77,20 +64,9 @@ inline Halves to_bfloat16(Vector values) {
   const Halves nan = __builtin_convertvector((Bits)(values != values), Halves);
   return (rounded_to_bfloat16(values) & ~nan) | (quiet & nan);
 }
-#else
-inline Halves to_bfloat16(Vector values) {
-  return rounded_to_bfloat16(values);
-}
 #endif
 
 #if defined(NEMO_EXT_TILES)
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-static_assert(sizeof(TileConfig) == 64);
-
 struct Tile {
   int rows, row_bytes;
   float words[16][16];
