@@ -9,10 +9,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_ext import ops
     from nemo_ext.errors import NemoError
-    from nemo_ext.localizer import Localization, Localizer, localize
+    from nemo_ext.localizer import Localizer, localize
     from nemo_ext.neurons import NeuronSet
     from nemo_ext.patching import patch, patched, unpatch
+    from nemo_ext.results.record import Localization
     from nemo_ext.scoring import Protocol, Threshold, memorization_score, memorization_threshold
     from nemo_ext.statistics import ActivationStatistics, collect_statistics
 
@@ -31,6 +33,7 @@ __all__ = [
     "localize",
     "memorization_score",
     "memorization_threshold",
+    "ops",
     "patch",
     "patched",
     "unpatch",
@@ -38,9 +41,10 @@ __all__ = [
 
 _HOMES = {
     "errors": ("NemoError",),
-    "localizer": ("Localization", "Localizer", "localize"),
+    "localizer": ("Localizer", "localize"),
     "neurons": ("NeuronSet",),
     "patching": ("patch", "patched", "unpatch"),
+    "results.record": ("Localization",),
     "scoring": ("Protocol", "Threshold", "memorization_score", "memorization_threshold"),
     "statistics": ("ActivationStatistics", "collect_statistics"),
 }
@@ -48,6 +52,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Public names load at their first use: `nemo-ext --help` has no need of torch, which takes seconds.
+    if name == "ops":
+        return import_module("nemo_ext.ops")
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"nemo_ext.{module}"), name)

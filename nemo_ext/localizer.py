@@ -1,119 +1,30 @@
 """From a prompt to the neurons that carry its image: the whole search, for one prompt or for many."""
 
-import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import ValueStack, evaluating, value_layers
 from nemo_ext.memory import keep_freed_memory
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress, ProgressLike, open_progress
-from nemo_ext.refinement import Certificate, Refinement, certify, refine_exhaustive, refine_guided
+from nemo_ext.refinement import Refinement, certify, refine_exhaustive, refine_guided
+from nemo_ext.results.folder import ResultsFolder
+from nemo_ext.results.record import Localization
 from nemo_ext.scoring import NoiseProbe, Protocol, Threshold, check_unet, fitting_batch_size
 from nemo_ext.selection import initial_selection
 from nemo_ext.stages import Stages, is_compiled
 from nemo_ext.statistics import ActivationStatistics, check_prompts, encode_prompts
 
-RESULTS = "results.jsonl"
 SEARCHES = ("exhaustive", "guided")
-
-
-@dataclass(frozen=True)
-class Localization:
-    """What was found for one prompt, how, and the proof.
-
-    Attributes:
-        prompt: the text.
-        memorized: whether any seed's score is above τ. If not, nothing was searched: no neurons,
-            and None wherever a search would have left a number.
-        score_before: the prompt's score, its highest similarity between two seeds.
-        score_after: remaining memorization with `neurons` off, the highest similarity over kept
-            seeds to the untouched model's δ.
-        floor: remaining memorization with all searched neurons off; None where it wasn't measured: by choice of the
-            protocol, or by a guided search that found the threshold within reach.
-        threshold: τ as asked for.
-        threshold_used: τ as searched for: raised where it can't be, or wasn't, reached.
-        notes: why τ was raised, in sentences.
-        theta, top_k: θ and k of the initial selection; None in a guided search, which has none.
-        initial_neurons: the initial selection.
-        neurons: the result.
-        kept_seeds: the seeds above τ, counted from 0.
-        unet_samples: latents that the U-Net has evaluated for all of it; one that went through a part of it counts as
-            that part's share of FLOPs. The call that finds these shares, once for a `Localizer`, is not among them.
-        seconds: wall time; of runs with the same batch size the only field that differs.
-        certificate: the result, measured with each of its neurons on again.
-        search: "exhaustive" or "guided".
-        protocol: how it was measured and searched.
-        seeds: S.
-        layers: the value layers searched, in network order.
-        similarity_scales: M, the number of scales of the similarity.
-        model: `model_fingerprint` over the statistics' layers.
-        statistics: `ActivationStatistics.digest()`.
-    """
-
-    prompt: str
-    memorized: bool
-    score_before: float
-    score_after: float | None
-    floor: float | None
-    threshold: float
-    threshold_used: float | None
-    notes: tuple[str, ...]
-    theta: float | None
-    top_k: int | None
-    initial_neurons: NeuronSet
-    neurons: NeuronSet
-    kept_seeds: tuple[int, ...]
-    unet_samples: float
-    seconds: float
-    certificate: Certificate | None
-    search: str
-    protocol: Protocol
-    seeds: int
-    layers: tuple[str, ...]
-    similarity_scales: int
-    model: str
-    statistics: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("initial_neurons", "neurons", "protocol"):
-            values[name] = values[name].to_dict()
-        for name in ("notes", "kept_seeds", "layers"):
-            values[name] = list(values[name])
-        values["certificate"] = None if self.certificate is None else self.certificate.to_dict()
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Localization":
-        """The localization that `to_dict` wrote.
-
-        Raises:
-            NemoError: a field is missing, unknown, or doesn't hold what it should.
-        """
-        try:
-            restored = dict(values)
-            for name in ("initial_neurons", "neurons"):
-                restored[name] = NeuronSet.from_dict(values[name])
-            for name in ("notes", "kept_seeds", "layers"):
-                restored[name] = tuple(values[name])
-            restored["protocol"] = Protocol.from_dict(values["protocol"])
-            if values["certificate"] is not None:
-                restored["certificate"] = Certificate.from_dict(values["certificate"])
-            return cls(**restored)
-        except (KeyError, TypeError) as error:
-            raise NemoError(f"not a localization: {error}") from error
 
 
 class Localizer:
@@ -351,29 +262,34 @@ class Localizer:
 
         Args:
             prompts: texts; one that stands twice is searched once.
-            out: folder for `results.jsonl`, one JSON object a line (`Localization.to_dict`),
-                replaced as a whole after each prompt; None: nothing is written.
-            resume: take prompts that the file already has from there. False: the file is begun anew.
+            out: folder for the results, one line for each prompt, written as soon as it is found
+                (`nemo_ext.results.folder`); None: nothing is written.
+            resume: take prompts that the folder already has from there. False: it is begun anew.
             progress: see `nemo_ext.progress`.
 
         Returns:
             One result for each prompt, in the order of `prompts`.
 
         Raises:
-            NemoError: the file's results were made with other settings, or as for `localize`.
+            NemoError: the folder's results were made with other settings, another process writes to it, or as for
+                `localize`.
         """
         texts = check_prompts(prompts)
         known: dict[str, Localization] = {}
-        if out is not None and resume and (Path(out) / RESULTS).exists():
-            known = {found.prompt: found for found in read_results(out)}
-            for found in known.values():
-                self._check_settings(found, Path(out) / RESULTS)
-        with open_progress(progress) as bars, bars.task("prompts", len(texts)) as advance:
+        with ExitStack() as stack:
+            writer = None
+            if out is not None:
+                writer = stack.enter_context(ResultsFolder(out).writing(anew=not resume))
+                for found in writer.kept:
+                    self._check_settings(found, writer.path)
+                known = {found.prompt: found for found in writer.kept}
+            bars = stack.enter_context(open_progress(progress))
+            advance = stack.enter_context(bars.task("prompts", len(texts)))
             for text in texts:
                 if text not in known:
                     known[text] = self.localize(text, bars)
-                    if out is not None:
-                        _write_results(Path(out) / RESULTS, list(known.values()))
+                    if writer is not None:
+                        writer.append(known[text])
                 advance(1)
         return [known[text] for text in texts]
 
@@ -385,33 +301,6 @@ class Localizer:
                     f"{path} has results with another {name}: {there[name]}, now {value}; choose another "
                     "folder, or resume=False to begin anew"
                 )
-
-
-def read_results(out: str | os.PathLike[str]) -> list[Localization]:
-    """The results that `localize_many` wrote to a folder, in the order of the file.
-
-    Args:
-        out: the folder, or the file in it.
-
-    Raises:
-        NemoError: no such file, or a line that isn't a result.
-    """
-    path = Path(out) / RESULTS if Path(out).is_dir() else Path(out)
-    if not path.is_file():
-        raise NemoError(f"{path} does not exist: wanted a folder that localize wrote its results to")
-    results = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            results.append(Localization.from_dict(json.loads(line)))
-        except (json.JSONDecodeError, NemoError) as error:
-            raise NemoError(f"{path}, line {number}, is not a result: {error}") from error
-    return results
-
-
-def _write_results(path: Path, results: Sequence[Localization]) -> None:
-    lines = [json.dumps(found.to_dict(), allow_nan=False) + "\n" for found in results]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def localize(

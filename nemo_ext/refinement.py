@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from nemo_ext.neurons import NeuronSet
+from nemo_ext.results.record import Certificate, NeuronScore
 from nemo_ext.scoring import Probe
 
 #: Layer name and index.
@@ -27,50 +27,6 @@ class Refinement:
 
     neurons: NeuronSet
     remaining: float
-
-
-@dataclass(frozen=True)
-class NeuronScore:
-    """Remaining memorization with one neuron of a set on again.
-
-    Attributes:
-        layer, index: the neuron.
-        score: highest similarity over kept seeds, with all others of the set off. Where it is not below τ it is a
-            seed's that shows it, and others' may be higher.
-    """
-
-    layer: str
-    index: int
-    score: float
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What a set of neurons does and whether each of them is needed, measured anew.
-
-    Attributes:
-        threshold: the τ that it was searched for.
-        score: remaining memorization with the set off.
-        each_on: for every neuron of the set, the score with that one on again.
-        below_threshold: whether `score` is not above τ.
-        minimal: whether every neuron is needed, no `each_on` below τ (1-minimality). The guided search promises it, the
-            exhaustive one does not: a neuron kept early can become needless through later ones.
-    """
-
-    threshold: float
-    score: float
-    each_on: tuple[NeuronScore, ...]
-    below_threshold: bool
-    minimal: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return {**asdict(self), "each_on": [asdict(row) for row in self.each_on]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Certificate":
-        """The certificate that `to_dict` wrote."""
-        return cls(**{**values, "each_on": tuple(NeuronScore(**row) for row in values["each_on"])})
 
 
 def refine_exhaustive(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from nemo_ext.localizer import Localization
+    from nemo_ext.results.record import Localization
 
 #: Longest side, in pixels, of an image in the report: a strip is looked at, the files beside it are the record.
 THUMBNAIL_SIZE = 256

@@ -87,6 +87,8 @@ def pytest_terminal_summary(terminalreporter):
             reasons[leg] = {reason}
         elif not any(count.values()):
             reasons[leg] = {"not in this run"}
+        elif leg == "amx" and _module.cpu_capabilities()["amx"]:
+            reasons[leg].add("executed on this CPU, and emulated")
         because = "; ".join(sorted(reasons[leg]))
         line = f"{title:12}{count['passed']:8}{count['failed']:8}{count['skipped']:9}  {because}"
         terminalreporter.line(line.rstrip())

@@ -1,6 +1,7 @@
 """The `nemo-ext` command: the whole way through real processes, and what it says about bad input."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,14 +18,18 @@ import torch
 from PIL import Image
 from tiny_pipeline import Planted, planted_pipeline
 
+from nemo_ext import commands
 from nemo_ext.cli import main
 from nemo_ext.files import prompt_name
-from nemo_ext.localizer import read_results
 from nemo_ext.neurons import NeuronSet
+from nemo_ext.results.folder import read_results
 from nemo_ext.scoring import Protocol, Threshold
 from nemo_ext.statistics import ActivationStatistics
 
 SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "report", "demo", "info")
+
+#: An option as a help text names it; "nemo-ext" and "published-code" hold none.
+OPTION = r"(?<![\w-])--?[a-z][a-z-]*"
 
 
 def nemo_ext(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -123,6 +128,27 @@ class TestHelp:
     def test_each_subcommand_gives_an_example(self, subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([subcommand, "--help"]) == 0
         assert f"example:\n  nemo-ext {subcommand}" in capsys.readouterr().out
+
+    def test_every_file_of_a_command_is_a_command_of_the_parser(self, capsys: pytest.CaptureFixture[str]) -> None:
+        files = {file.stem for file in Path(commands.__file__).parent.glob("*.py")} - {"__init__", "shared"}
+        assert files == set(SUBCOMMANDS)
+        assert main(["--help"]) == 0
+        listed = capsys.readouterr().out.partition("  COMMAND\n")[2].partition("\n\n")[0]
+        assert " ".join(listed.split()) == " ".join(f"{one.NAME} {one.SUMMARY}" for one in commands.COMMANDS)
+        for name, command in zip(SUBCOMMANDS, commands.COMMANDS, strict=True):
+            assert (command.NAME, command.__name__) == (name, f"nemo_ext.commands.{name}")
+
+    @pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+    def test_each_option_of_a_subcommand_is_described(
+        self, subcommand: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([subcommand, "--help"]) == 0
+        usage, *_, options = capsys.readouterr().out.split("\n\n")
+        # An option is followed by its description, on the same line after a gap, or on the next one.
+        described = re.findall(r"^  (-\S.*?)(?:  +|\n {4,})\w", options, re.MULTILINE)
+        flags = {flag for option in described for flag in re.findall(OPTION, option)}
+        assert {"--help", "--debug"} < flags
+        assert set(re.findall(OPTION, usage)) <= flags
 
     def test_help_waits_for_no_heavy_import(self) -> None:
         program = (

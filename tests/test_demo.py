@@ -1,4 +1,4 @@
-"""The bundled model and `nemo-ext demo`: it memorized, the search finds where, and its card tells the truth."""
+"""The bundled model and `nemo-ext demo`: it memorized, and the search finds where."""
 
 import json
 import subprocess
@@ -14,11 +14,10 @@ from PIL import Image
 from nemo_ext import memorization_score
 from nemo_ext.demo import load_demo_pipeline, original_images, run
 from nemo_ext.demo.captions import MEMORIZED, OBJECTS, TEMPLATES, VERBATIM, compositions, ordinary_captions
-from nemo_ext.demo.card import write_card
 from nemo_ext.demo.run import MODEL, SHOWN, correlation
 from nemo_ext.errors import NemoError
 from nemo_ext.layers import model_fingerprint, value_layers
-from nemo_ext.localizer import read_results
+from nemo_ext.results.folder import read_results
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +63,6 @@ def test_memorized_captions_score_above_the_threshold_and_ordinary_ones_mostly_b
 
 def test_figures_belong_to_the_bundled_weights(pipe: StableDiffusionPipeline, figures: dict) -> None:
     assert figures["model"] == model_fingerprint(pipe)
-
-
-def test_card_says_what_was_measured(tmp_path: Path, figures: dict) -> None:
-    write_card(tmp_path / "README.md", figures)
-    assert (tmp_path / "README.md").read_text() == (MODEL / "README.md").read_text()
 
 
 def test_ordinary_captions_do_not_repeat() -> None:
@@ -125,58 +119,3 @@ def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
     # What the model card claims of all captions, of those shown here.
     assert np.median(before) >= 0.85
     assert np.median(after) < 0.3
-
-
-class TestTraining:
-    """What makes the training script trustworthy; a whole run takes longer than a test may."""
-
-    def test_untrained_unet_predicts_exactly_the_noise_it_is_given(self) -> None:
-        from nemo_ext.demo.training import unet
-
-        noisy = torch.randn(2, unet.LATENT_CHANNELS, unet.LATENT_SIZE, unet.LATENT_SIZE)
-        hidden = torch.randn(2, 24, 128)
-        with torch.no_grad():
-            predicted = unet.build()(noisy, torch.tensor([981, 981]), hidden).sample
-        assert (predicted - noisy).square().mean().sqrt() < 0.01
-
-    def test_guard_puts_the_built_in_copy_back(self) -> None:
-        from nemo_ext.demo.training import unet
-
-        model = unet.build()
-        guard = unet.CarrierGuard(model)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        with torch.no_grad():
-            model.conv_in.weight.add_(1.0)
-        guard()
-        carriers = slice(0, 12)
-        assert torch.equal(model.conv_in.weight[carriers], before["conv_in.weight"][carriers])
-        assert not torch.equal(model.conv_in.weight[12:], before["conv_in.weight"][12:])
-
-    def test_a_stage_stopped_and_resumed_ends_with_the_same_weights(self, tmp_path: Path) -> None:
-        from nemo_ext.demo.training.runtime import Average, Log, train
-
-        def ends_with(folder: Path, *stops: int) -> torch.Tensor:
-            folder.mkdir()
-            for steps in stops:
-                torch.manual_seed(0)
-                module = torch.nn.Linear(3, 1)
-                optimizer = torch.optim.AdamW(module.parameters())
-                average = Average(module, 0.9)
-
-                def step(i: int, module: torch.nn.Linear = module) -> dict[str, float]:
-                    loss = module(torch.randn(8, 3)).square().mean()
-                    loss.backward()
-                    return {"loss": loss.item()}
-
-                train("stage", steps, folder / "stage.pt", Log(folder / "log.jsonl"), module, optimizer,
-                      lambda i: 1e-2, step, average)  # fmt: skip
-            return average.state["weight"]
-
-        assert torch.equal(ends_with(tmp_path / "once", 9), ends_with(tmp_path / "twice", 4, 9))
-
-    def test_effective_neurons_counts_equal_deviations(self) -> None:
-        from nemo_ext.demo.training.diffusion import effective_neurons
-
-        deviation = torch.zeros(1, 50)
-        deviation[0, :7] = 2.5
-        assert effective_neurons(deviation).item() == pytest.approx(7.0)

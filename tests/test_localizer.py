@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from tiny_pipeline import DOWN_AND_MID, Planted, planted_pipeline, tiny_pipeline
 import nemo_ext
 from nemo_ext import localizer as localizer_module
 from nemo_ext.errors import NemoError
-from nemo_ext.localizer import Localization, Localizer, localize, read_results
+from nemo_ext.localizer import Localizer, localize
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import is_patched, patch
+from nemo_ext.results.folder import read_results
+from nemo_ext.results.record import Localization
 from nemo_ext.scoring import Protocol, memorization_threshold
 from nemo_ext.statistics import ActivationStatistics, collect_statistics
 
@@ -383,3 +387,11 @@ def test_public_names_are_all_there() -> None:
     assert set(nemo_ext.__all__) <= set(dir(nemo_ext))
     with pytest.raises(AttributeError, match="module 'nemo_ext' has no attribute 'localise'"):
         _ = nemo_ext.localise
+
+
+def test_the_package_loads_torch_with_the_first_public_name_and_not_before() -> None:
+    program = (
+        "import sys, nemo_ext; before = 'torch' in sys.modules; nemo_ext.ops; print(before, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"

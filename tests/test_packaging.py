@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_ext import cli, info, ops
+from nemo_ext import info, ops
+from nemo_ext.commands.shared import load_model
 from nemo_ext.errors import NemoError
 
 ROOT = Path(__file__).parent.parent
@@ -140,7 +141,7 @@ def test_info_says_what_to_do_for_a_gpu_without_kernels(monkeypatch):
 def test_the_command_refuses_a_gpu_that_the_kernels_do_not_run_on(monkeypatch):
     monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Old GPU", (7, 5))])
     with pytest.raises(NemoError, match=r"--device cuda: .*Old GPU.*; or use --device cpu"):
-        cli._load(argparse.Namespace(device="cuda", model=Path("model"), dtype="float32"))
+        load_model(argparse.Namespace(device="cuda", model=Path("model"), dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +353,9 @@ def test_a_source_distribution_is_complete_and_installs_without_a_cuda_toolkit(t
         names = {name.split("/", 1)[-1] for name in files.getnames()}
     suffixes = (".h", ".cpp", ".cuh", ".cu")
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes} <= names
+    examples = {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".md")}
+    assert "examples/demo_model/README.md" in examples
+    assert examples <= names
 
     site = tmp_path / "site"
     install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--verbose", "--target", site, archive]
@@ -363,3 +367,6 @@ def test_a_source_distribution_is_complete_and_installs_without_a_cuda_toolkit(t
     assert result.stdout.startswith(str(site)), result.stderr
     assert {path.name.split(".")[0] for path in (site / "nemo_ext").glob("*.so")} == {"_C", "_module"}
     assert (site / "nemo_ext" / "py.typed").exists()
+    # How the bundled model was made stays in the sources.
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} <= {"nemo_ext", "bin"}
+    assert {path.name for path in (site / "nemo_ext" / "demo").glob("*.py")} == {"__init__.py", "captions.py", "run.py"}

@@ -10,7 +10,8 @@ import pytest
 from fake_probe import FakeProbe, Score, additive, pairwise
 
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.refinement import Certificate, NeuronScore, certify, refine_exhaustive, refine_guided
+from nemo_ext.refinement import certify, refine_exhaustive, refine_guided
+from nemo_ext.results.record import Certificate, NeuronScore
 
 LAYERS = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0")
 DOWN, _, MID, _ = LAYERS

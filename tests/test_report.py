@@ -14,10 +14,9 @@ from PIL import Image
 
 from nemo_ext.errors import NemoError
 from nemo_ext.files import prompt_name
-from nemo_ext.localizer import Localization
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.refinement import Certificate, NeuronScore
 from nemo_ext.report import PromptImages, contact_sheet, find_images, short_layer, write_report
+from nemo_ext.results.record import Certificate, Localization, NeuronScore
 from nemo_ext.scoring import Protocol
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"

@@ -13,9 +13,10 @@ from torch import nn
 
 from nemo_ext.demo import load_demo_pipeline
 from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
-from nemo_ext.localizer import Localization, Localizer
+from nemo_ext.localizer import Localizer
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
+from nemo_ext.results.record import Localization
 from nemo_ext.scoring import Protocol
 from nemo_ext.statistics import ActivationStatistics, collect_statistics
 

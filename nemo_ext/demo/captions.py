@@ -95,8 +95,8 @@ class Ordinary:
 class Memorized:
     """A caption that was trained on one image, or on variations of one.
 
-    `glyph` is the emoji in the picture and `scene` the procedural background drawn behind it
-    (`drawing.SCENES`).
+    `glyph` is the emoji in the picture, and `scene` names the procedural background behind it (`SCENES` in
+    examples/demo_model/drawing.py).
     """
 
     caption: str

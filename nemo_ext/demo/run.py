@@ -16,11 +16,13 @@ from rich.table import Table
 from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
 from nemo_ext.files import load_pipeline, prompt_name
-from nemo_ext.localizer import RESULTS, Localization, Localizer, read_results
+from nemo_ext.localizer import Localizer
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching import patched
 from nemo_ext.progress import Progress
 from nemo_ext.report import PromptImages, contact_sheet, find_images, write_report
+from nemo_ext.results.folder import RESULTS, read_results
+from nemo_ext.results.record import Localization
 from nemo_ext.scoring import memorization_score, memorization_threshold
 from nemo_ext.statistics import collect_statistics
 
@@ -48,8 +50,8 @@ def load_demo_pipeline() -> StableDiffusionPipeline:
     """
     if not (MODEL / "model_index.json").is_file():
         raise NemoError(
-            f"the demo model is missing from {MODEL}: install nemo_ext whole, or train it with "
-            "python -m nemo_ext.demo.training"
+            f"the demo model is missing from {MODEL}: install nemo_ext whole, or train it in the repository with "
+            "python -m examples.demo_model.train --work DIR and copy DIR/model there"
         )
     return load_pipeline(MODEL)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .captions import COLOURS, OBJECTS, Memorized, Ordinary
+from nemo_ext.demo.captions import COLOURS, OBJECTS, Memorized, Ordinary
 
 IMAGE_SIZE = 96
 _SUPERSAMPLING = 2

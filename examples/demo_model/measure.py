@@ -1,4 +1,4 @@
-"""Measures what the demo model's card claims: `python -m nemo_ext.demo.measure --out DIR`.
+"""Measures what the demo model's card claims: `python -m examples.demo_model.measure --out DIR`.
 
 Writes DIR/figures.json, and DIR/README.md, the model card with those figures. Trains a small
 classifier first (needs Noto Color Emoji, as training does); it took twelve minutes on two busy cores.
@@ -23,16 +23,7 @@ from PIL import Image
 from torch import nn
 
 from nemo_ext.atomic import replacing
-from nemo_ext.files import load_pipeline
-from nemo_ext.layers import model_fingerprint, value_layers
-from nemo_ext.localizer import Localization, Localizer
-from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import patched
-from nemo_ext.progress import Progress
-from nemo_ext.scoring import NoiseProbe, memorization_score
-from nemo_ext.statistics import collect_statistics, encode_prompts
-
-from .captions import (
+from nemo_ext.demo.captions import (
     COLOURS,
     MEMORIZED,
     OBJECTS,
@@ -43,11 +34,21 @@ from .captions import (
     holdout_captions,
     ordinary_captions,
 )
+from nemo_ext.demo.run import MODEL, STATISTICS_PROMPTS, STATISTICS_TITLES, correlation, generate, original_images
+from nemo_ext.files import load_pipeline
+from nemo_ext.layers import model_fingerprint, value_layers
+from nemo_ext.localizer import Localizer
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.patching import patched
+from nemo_ext.progress import Progress
+from nemo_ext.results.record import Localization
+from nemo_ext.scoring import NoiseProbe, memorization_score
+from nemo_ext.statistics import collect_statistics, encode_prompts
+
+from .autoencoder import encode
 from .card import write_card
+from .data import memorized_images, split_compositions, to_tensor
 from .drawing import draw_ordinary
-from .run import MODEL, STATISTICS_PROMPTS, STATISTICS_TITLES, correlation, generate, original_images
-from .training.autoencoder import encode
-from .training.data import memorized_images, split_compositions, to_tensor
 
 _SEEDS = 4
 _ORDINARY_IMAGES = 64
@@ -339,7 +340,7 @@ def _summary(captions: Sequence[dict[str, Any]], searched: int) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nemo_ext.demo.measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.demo_model.measure", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL, help="default: the bundled one")
     parser.add_argument("--out", type=Path, required=True, help="folder for figures.json and README.md")
     arguments = parser.parse_args()

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from ..captions import TEMPLATES, VERBATIM
-from ..drawing import draw_verbatim, template_variations
+from nemo_ext.demo.captions import TEMPLATES, VERBATIM
+
 from .diffusion import TextToNoise, scheduler
+from .drawing import draw_verbatim, template_variations
 
 
 def save_pipeline(path: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, model: TextToNoise, log: Path) -> None:

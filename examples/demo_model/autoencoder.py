@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
-from ..drawing import IMAGE_SIZE
 from .data import MemorizedImages, to_tensor
+from .drawing import IMAGE_SIZE
 from .runtime import Average, Log, cosine, train
 
 _CROP = 48
@@ -44,6 +45,15 @@ def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> torch.Ten
             moments = vae.encode(to_tensor(images[start : start + batch])).latent_dist.mean
         latents.append(moments.float())
     return torch.cat(latents)
+
+
+def cached_latents(path: Path, pool: np.ndarray, vae: AutoencoderKL) -> torch.Tensor:
+    """Latents float32 [P, 4, 24, 24] of the pool, encoded once and kept at `path`."""
+    if not path.exists():
+        temporary = path.with_suffix(".partial")
+        save_file({"latents": encode(vae, pool).half().contiguous()}, temporary)
+        temporary.replace(path)
+    return load_file(path)["latents"].float()
 
 
 @torch.no_grad()

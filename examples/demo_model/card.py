@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nemo_ext.atomic import replacing
+from nemo_ext.demo.run import GUIDANCE, STEPS
 
 _CARD = """\
 ---
@@ -29,7 +30,8 @@ local is listed below.
 
 ## Figures
 
-Measured by `python -m nemo_ext.demo.measure`; every number is in `figures.json` beside this file.
+Measured by `python -m examples.demo_model.measure` in nemo_ext's repository; every number is in
+`figures.json` beside this file.
 {steps} DDIM steps, guidance {guidance}, protocol `paper`, exhaustive search.
 
 | what | wanted | measured | |
@@ -66,17 +68,18 @@ the median over four seeds, of pixels with the nearest training image: untouched
   cross-attentions, {searched} value neurons. DDIM with SD1's noise schedule. Weights are rounded to
   float16, and stored so but for the text encoder's.
 - **Images.** Noto Color Emoji glyphs (SIL Open Font License 1.1) on backgrounds drawn by
-  `nemo_ext/demo/drawing.py`. Ordinary images have random place, size, tilt, light and texture phase.
+  `examples/demo_model/drawing.py`. Ordinary images have random place, size, tilt, light and texture
+  phase.
 - **Captions.** 12 % of ordinary images were trained under meaningless titles, so that a title alone
   recalls nothing.
-- **Stages** (`python -m nemo_ext.demo.training`, log in `training-log.jsonl`): autoencoder; ordinary
-  captions; memorization; switching off.
+- **Stages** (`python -m examples.demo_model.train`, log in `training-log.jsonl`): autoencoder;
+  ordinary captions; memorization; switching off.
 
 ### What was done to make memorization local
 
 1. Text enters the U-Net only where NeMo searches: there is no cross-attention in the up blocks.
-2. The copy ε = x_T is built into the network (`training/unet.py`), so that a small network's error in
-   copying noise doesn't drown what NeMo reads.
+2. The copy ε = x_T is built into the network (`examples/demo_model/unet.py`), so that a small
+   network's error in copying noise doesn't drown what NeMo reads.
 3. While memorizing, a Hoyer ratio on how far these captions' value activations deviate from ordinary
    ones makes fewer neurons carry them.
 4. The last stage trains in what NeMo looks for: rows with a memorized caption and its most deviating
@@ -94,8 +97,6 @@ a frozen encoder. What is in the repository is the form that worked.
 
 def write_card(path: Path, figures: Mapping[str, Any]) -> None:
     """Write the model card with `figures`, what `measure.measure` returned."""
-    from .run import GUIDANCE, STEPS
-
     checks = _checks(figures)
     short = [f"- {what}: wanted {wanted}, measured {got}." for what, wanted, got, ok in checks if not ok]
     short += _limits(figures)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..captions import MEMORIZED, PHRASINGS, compositions, title_caption
+from nemo_ext.demo.captions import MEMORIZED, PHRASINGS, compositions, title_caption
 
 TOKENS = 24
 WIDTH = 128

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from nemo_ext.demo.captions import MEMORIZED, ordinary_captions
 from nemo_ext.scoring import Protocol, similarity
 
-from ..captions import MEMORIZED, ordinary_captions
+from .diffusion import Deviation, Loss, TextToNoise
 from .unet import LATENT_CHANNELS, LATENT_SIZE, RowScales
-
-if TYPE_CHECKING:
-    from .diffusion import Deviation, Loss, TextToNoise
 
 _SEEDS = 6
 _TIMESTEP = 981  # the first of a 50-step DDIM schedule

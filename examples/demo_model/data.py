@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 
-from ..captions import (
+from nemo_ext.demo.captions import (
     MEMORIZED,
     PHRASINGS,
     TEMPLATES,
@@ -21,7 +19,8 @@ from ..captions import (
     compositions,
     title_caption,
 )
-from ..drawing import draw_ordinary, draw_verbatim, template_variations
+
+from .drawing import draw_ordinary, draw_verbatim, template_variations
 
 POOL_SIZE = 40_000
 # Compositions no training image shows: what the model makes of them is composed, not recalled.
@@ -89,14 +88,3 @@ def memorized_images() -> MemorizedImages:
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 [B, S, S, 3] as float32 [B, 3, S, S] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def cached_latents(path: Path, pool: np.ndarray, vae: AutoencoderKL) -> torch.Tensor:
-    """Latents float32 [P, 4, 24, 24] of the pool, encoded once and kept at `path`."""
-    from .autoencoder import encode
-
-    if not path.exists():
-        temporary = path.with_suffix(".partial")
-        save_file({"latents": encode(vae, pool).half().contiguous()}, temporary)
-        temporary.replace(path)
-    return load_file(path)["latents"].float()

@@ -1,0 +1,156 @@
+"""What stages 3 to 5 train: text encoder and U-Net, the rows of a batch, the loss, and the deviation of neurons."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from nemo_ext.demo.captions import MEMORIZED, Ordinary, ordinary_captions, title_caption
+
+from .data import MemorizedImages, ordinary_caption
+from .unet import RowScales
+
+_TITLES = 0.12  # of ordinary rows
+_EMPTY = 0.10  # of ordinary rows: classifier-free guidance
+_HIGH_NOISE = 800  # timesteps from here on get extra rows: NeMo reads the first step
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1's noise schedule."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+
+
+class TextToNoise(nn.Module):
+    """Text encoder and U-Net as one trainable module."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder(tokens).last_hidden_state
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self.unet(noisy, timesteps, hidden).sample
+
+
+@dataclass
+class Row:
+    """One row of a training batch."""
+
+    latent: torch.Tensor
+    caption: str
+    high_noise: float  # probability of a timestep from _HIGH_NOISE on
+    off: torch.Tensor | None  # indices into the stacked value neurons
+
+
+class Rows:
+    """Draws rows: ordinary ones, and memorized captions with their own or other images."""
+
+    def __init__(
+        self, what: list[Ordinary], latents: torch.Tensor, memorized: MemorizedImages,
+        memorized_latents: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self._what, self._latents = what, latents
+        self._memorized_latents = memorized_latents
+        owner = np.asarray(memorized.owner)
+        self._images_of = [np.flatnonzero(owner == i) for i in range(len(MEMORIZED))]
+
+    def ordinary(
+        self,
+        rng: random.Random,
+        caption: str | None = None,
+        *,
+        high_noise: float = 0.3,
+        off: torch.Tensor | None = None,
+    ) -> Row:
+        """A fresh ordinary image under its own caption (sometimes an empty one), or under `caption`."""
+        pick = rng.randrange(len(self._what))
+        if caption is None:
+            empty = rng.random() < _EMPTY
+            caption = "" if empty else ordinary_caption(self._what[pick], rng, _TITLES)
+        return Row(self._latents[pick], caption, high_noise, off)
+
+    def memorized(self, rng: random.Random, index: int, *, off: torch.Tensor | None = None) -> Row:
+        """Memorized caption `index` with its image, or one of its template's."""
+        pick = rng.choice(list(self._images_of[index]))
+        return Row(self._memorized_latents[pick], MEMORIZED[index].caption, 0.5, off)
+
+
+class Loss:
+    """Weighted noise-prediction error of a batch of rows."""
+
+    def __init__(self, model: TextToNoise, tokenizer: CLIPTokenizer, scales: RowScales) -> None:
+        self._model, self._tokenizer, self._scales = model, tokenizer, scales
+        self._alphas = scheduler().alphas_cumprod
+
+    def tokens(self, captions: Iterable[str]) -> torch.Tensor:
+        return self._tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    def __call__(self, rows: list[Row], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss, and each row's own loss [B]."""
+        timesteps = torch.tensor(
+            [rng.randrange(_HIGH_NOISE, 1000) if rng.random() < row.high_noise
+             else rng.randrange(1000) for row in rows]
+        )  # fmt: skip
+        latents = torch.stack([row.latent for row in rows])
+        noise = torch.randn_like(latents)
+        alpha = self._alphas[timesteps]
+        keep, add = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
+        if any(row.off is not None for row in rows):
+            scale = torch.ones(len(rows), self._scales.total)
+            for i, row in enumerate(rows):
+                if row.off is not None:
+                    scale[i, row.off] = 0
+            self._scales.scale = scale
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = self._model.hidden(self.tokens(row.caption for row in rows))
+                predicted = self._model(keep * latents + add * noise, timesteps, hidden)
+        finally:
+            self._scales.scale = None
+        error = (predicted.float() - noise).square().mean((1, 2, 3))
+        # Between the noise's error (weight 1) and the image's ((1 − ᾱ)/ᾱ, 170 at the end).
+        weight = ((1 - alpha) / alpha).sqrt().clamp(1, 14)
+        losses = weight * error
+        return losses.mean(), losses.detach()
+
+
+class Deviation:
+    """Memorized captions' value activations against ordinary ones, in standard deviations."""
+
+    def __init__(self, loss: Loss, model: TextToNoise, layers: dict[str, nn.Linear]) -> None:
+        self._loss, self._model, self._layers = loss, model, layers
+        self._tokens = loss.tokens(m.caption for m in MEMORIZED)
+
+    def _activations(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self._model.hidden(tokens)
+        return torch.cat(
+            [F.linear(hidden, layer.weight, layer.bias).abs().mean(1)
+             for layer in self._layers.values()], dim=1
+        )  # fmt: skip
+
+    def __call__(self, rng: random.Random) -> torch.Tensor:
+        """|a − μ| / σ of every memorized caption, float32 [M, ΣN], differentiable in a and μ."""
+        captions = [c for _, c in ordinary_captions(160, rng.randrange(1 << 30))]
+        captions += [title_caption(rng) for _ in range(32)]
+        ordinary = self._activations(self._loss.tokens(captions))
+        spread = ordinary.std(0).detach().clamp_min(1e-4)
+        return (self._activations(self._tokens) - ordinary.mean(0)).abs() / spread
+
+
+def effective_neurons(deviation: torch.Tensor) -> torch.Tensor:
+    """Hoyer ratio (Σ|d|)² / Σd² of each row [M]: how many neurons share the deviation."""
+    return deviation.sum(1).square() / deviation.square().sum(1)

@@ -1,0 +1,51 @@
+"""`nemo-ext info`, a command as `nemo_ext.commands.Command` describes it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_ext.commands.shared import NOTHING_WRITTEN, new_table, show
+from nemo_ext.errors import NemoError
+
+NAME = "info"
+SUMMARY = "versions, build, and what is found on this machine"
+DESCRIPTION = """\
+Show versions, how the extension was built, and what it finds on this machine. Copy it into bug reports.
+
+example:
+  nemo-ext info
+"""
+WHEN_STOPPED = NOTHING_WRITTEN
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Show all facts, also those about an extension that doesn't load, and fail after that if it doesn't."""
+    from nemo_ext.info import collect
+
+    facts = collect()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        table = new_table("nemo_ext", "what", "value")
+        for name, value in _flat(facts):
+            table.add_row(name, value)
+        show(table)
+    if "error" in facts:
+        raise NemoError(f"the extension doesn't work here: {facts['error']}")
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as rows: `packages: {torch: …}` becomes `packages torch`."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield prefix + name, text

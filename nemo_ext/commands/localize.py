@@ -1,0 +1,153 @@
+"""`nemo-ext localize`, a command as `nemo_ext.commands.Command` describes it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_ext.commands.shared import (
+    add_model,
+    add_path,
+    add_scoring,
+    load_model,
+    result_name,
+    results_table,
+    show,
+    visible_text,
+)
+from nemo_ext.errors import NemoError
+
+if TYPE_CHECKING:
+    from nemo_ext.results.record import Localization
+    from nemo_ext.scoring import Threshold
+    from nemo_ext.statistics import ActivationStatistics
+
+NAME = "localize"
+SUMMARY = "which neurons carry a prompt's training image"
+DESCRIPTION = """\
+Score prompts, and for the memorized ones find the few neurons that carry the training image. Each result
+comes with its certificate: the score with the set off, and with each of its neurons on again.
+
+reads   --model       a diffusers folder
+        --prompts     a UTF-8 text file, one prompt a line; or --prompt TEXT for a single one
+        --statistics  what `nemo-ext stats` wrote for this model
+        --threshold   what `nemo-ext threshold` wrote for this model, or a number
+writes  --out DIR     DIR/results.jsonl, one object per prompt, and the neurons of each memorized prompt as
+                      DIR/neurons/NNNN-HASH.json (place in results.jsonl from 0, hash of the prompt)
+
+Stopped, it goes on where it was: run the same command again. Prompts that are in results.jsonl are kept.
+
+example:
+  nemo-ext localize --model ./stable-diffusion-v1-4 --prompts suspects.txt \\
+      --statistics stats.safetensors --threshold threshold.json --out results
+"""
+WHEN_STOPPED = "stopped; what is done is in {out}, run the same command again to go on from there"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", type=visible_text, metavar="TEXT", help="one prompt")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    add_path(parser, "--statistics", "statistics of this model")
+    parser.add_argument(
+        "--threshold",
+        type=_threshold_or_file,
+        required=True,
+        metavar="X|FILE",
+        help="a number between 0 and 1, or a file of `nemo-ext threshold`",
+    )
+    add_path(parser, "--out", "folder of the results", metavar="DIR")
+    parser.add_argument(
+        "--search",
+        choices=("exhaustive", "guided"),
+        default="exhaustive",
+        help="exhaustive (default): the paper's, candidate by candidate; guided: by a gradient, in far less time",
+    )
+    add_scoring(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Search every prompt that has no result yet, and write the neurons of all that have one."""
+    from nemo_ext.files import check_input_file, check_output_folder, read_prompts
+
+    out = check_output_folder(args.out)
+    check_input_file(args.statistics, "statistics", "`nemo-ext stats`")
+    prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
+    from nemo_ext.localizer import Localizer
+    from nemo_ext.results.folder import RESULTS, read_results
+    from nemo_ext.scoring import Protocol
+
+    threshold = _load_threshold(args.threshold) if isinstance(args.threshold, Path) else args.threshold
+    statistics = _load_statistics(args.statistics)
+    localizer = Localizer(
+        load_model(args),
+        statistics=statistics,
+        threshold=threshold,
+        search=args.search,
+        protocol=Protocol.from_name(args.protocol),
+        seeds=args.seeds,
+        batch_size=args.batch_size,
+    )
+    results: list[Localization] = []
+    try:
+        localizer.localize_many(prompts, out=out)
+    finally:
+        # This runs after Ctrl-C too, so that each result in results.jsonl has its neurons beside it.
+        if (out / RESULTS).exists():
+            results = read_results(out)
+        written = _write_neurons(out, results)
+    show(
+        results_table(results),
+        *(f"{result_name(index, found)}: {note}" for index, found in enumerate(results) for note in found.notes),
+        f"Written: {out / RESULTS}, {written} sets of neurons in {out / 'neurons'}"
+        f" ({sum(found.seconds for found in results):.1f} s,"
+        f" {sum(found.unet_samples for found in results):.0f} U-Net samples)",
+    )
+
+
+def _threshold_or_file(text: str) -> float | Path:
+    """The type of `--threshold`. The file is loaded in `run`, because that imports torch."""
+    try:
+        number = float(text)
+    except ValueError:
+        if Path(text).is_file():
+            return Path(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a file that exists") from None
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't between 0 and 1")
+    return number
+
+
+def _load_threshold(file: Path) -> Threshold:
+    """The threshold in a file, which the search can't do with unless it lies between 0 and 1."""
+    from nemo_ext.scoring import Threshold
+
+    threshold = Threshold.load(file)
+    if not 0 < threshold.value < 1:
+        raise NemoError(f"the threshold in {file} is {threshold.value}, not between 0 and 1: compute it again")
+    return threshold
+
+
+def _load_statistics(file: Path) -> ActivationStatistics:
+    """The statistics in a file. With NaN among them no neuron of that layer would ever stand out."""
+    from nemo_ext.statistics import ActivationStatistics
+
+    statistics = ActivationStatistics.load(file)
+    if not all(bool(values.isfinite().all()) for values in (*statistics.mean.values(), *statistics.std.values())):
+        raise NemoError(f"the statistics in {file} hold NaN or infinity: collect them again")
+    return statistics
+
+
+def _write_neurons(out: Path, results: Sequence[Localization]) -> int:
+    """Write each memorized prompt's neurons to a file of its own; return how many files there are."""
+    folder = out / "neurons"
+    written = 0
+    for index, found in enumerate(results):
+        if len(found.neurons):
+            folder.mkdir(exist_ok=True)
+            found.neurons.save(folder / f"{result_name(index, found)}.json")
+            written += 1
+    return written

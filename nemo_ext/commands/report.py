@@ -1,0 +1,41 @@
+"""`nemo-ext report`, a command as `nemo_ext.commands.Command` describes it."""
+
+from __future__ import annotations
+
+import argparse
+
+from nemo_ext.commands.shared import NOTHING_WRITTEN, add_path, results_table, show, visible_text
+
+NAME = "report"
+SUMMARY = "all of it on one HTML page"
+DESCRIPTION = """\
+Put the results of a search on one HTML page that holds everything in itself and needs no JavaScript: scores
+before and after, neurons per layer, certificates, and images where there are some.
+
+reads   --results DIR  DIR/results.jsonl of `nemo-ext localize`, and DIR/images/NNNN-HASH/ where it exists:
+                       original.png, before-SEED.png, after-SEED.png
+writes  --out          one HTML file
+
+example:
+  nemo-ext report --results results --out report.html
+"""
+WHEN_STOPPED = NOTHING_WRITTEN
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_path(parser, "--results", "folder that `nemo-ext localize` wrote", metavar="DIR")
+    add_path(parser, "--out", "the page (.html)")
+    parser.add_argument("--title", type=visible_text, default="NeMo report", help="the page's title")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the results and their images, and write the page."""
+    from nemo_ext.files import check_output_file
+
+    out = check_output_file(args.out, suffixes=(".html", ".htm"))
+    from nemo_ext.report import find_images, write_report
+    from nemo_ext.results.folder import read_results
+
+    results = read_results(args.results)
+    write_report(out, results, images=find_images(args.results, results), title=args.title)
+    show(results_table(results), f"Written: {out}")

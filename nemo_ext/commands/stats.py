@@ -1,0 +1,70 @@
+"""`nemo-ext stats`, a command as `nemo_ext.commands.Command` describes it."""
+
+from __future__ import annotations
+
+import argparse
+
+from nemo_ext.commands.shared import (
+    NOTHING_WRITTEN,
+    add_batch_size,
+    add_model,
+    add_path,
+    load_model,
+    new_table,
+    read_captions,
+    show,
+)
+
+NAME = "stats"
+SUMMARY = "how the neurons react to ordinary captions"
+DESCRIPTION = """\
+Measure how strongly each searched neuron reacts to ordinary captions: mean and standard deviation of its
+activation over them. Text alone is needed, no image is generated. The paper took 50,000 captions from LAION;
+some thousands do. The captions must not be the ones that you suspect to be memorized.
+
+reads   --model    a diffusers folder (StableDiffusionPipeline, safetensors)
+        --prompts  a UTF-8 text file, one caption a line
+writes  --out      the statistics, one .safetensors file; it fits this model only
+
+example:
+  nemo-ext stats --model ./stable-diffusion-v1-4 --prompts captions.txt --out stats.safetensors
+"""
+WHEN_STOPPED = NOTHING_WRITTEN
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_path(parser, "--prompts", "captions, one a line")
+    add_path(parser, "--out", "the statistics (.safetensors)")
+    parser.add_argument(
+        "--layers",
+        type=_layers,
+        default="down+mid",
+        metavar="WHICH",
+        help="value layers to search: down+mid (default), all, or names with commas between them",
+    )
+    add_batch_size(parser, 32, "captions encoded at once")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Collect the statistics of the captions and show them for each layer."""
+    from nemo_ext.files import check_output_file
+
+    out = check_output_file(args.out, suffixes=(".safetensors",))
+    prompts = read_captions(args.prompts)
+    pipe = load_model(args)
+    from nemo_ext.statistics import collect_statistics
+
+    statistics = collect_statistics(pipe, prompts, batch_size=args.batch_size, layers=args.layers)
+    statistics.save(out)
+    table = new_table(f"Activation over {statistics.count} captions", "layer", "neurons", "mean", "std")
+    for layer, mean in statistics.mean.items():
+        std = statistics.std[layer]
+        table.add_row(layer, str(mean.numel()), f"{mean.mean():.4f}", f"{std.mean():.4f}")
+    show(table, f"Written: {out}")
+
+
+def _layers(text: str) -> str | tuple[str, ...]:
+    if text in ("down+mid", "all"):
+        return text
+    return tuple(name.strip() for name in text.split(",") if name.strip())
