@@ -309,14 +309,11 @@ def cpu_job(
     *,
     token_mask: torch.Tensor | None = None,
     gradient: torch.Tensor | None = None,
-    activation: bool = True,
-    values: bool = True,
 ) -> Job:
     """The same by a variant of the CPU kernels: values and activation, or with `gradient` that of the scale."""
     job = _operands(hidden, weight, bias, scale, token_mask, gradient) | {"variant": variant}
-    if gradient is None and activation:
+    if gradient is None:
         job["activation"] = _not_a_number((hidden.shape[0], weight.shape[0]), torch.float32)
-    if gradient is None and values:
         job["values"] = _not_a_number((*hidden.shape[:2], weight.shape[0]), hidden.dtype)
     return job
 

@@ -7,8 +7,8 @@
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
-constexpr int kWidth =
-    320;  // neurons of a panel: wide enough for the library, a multiple of all layers' widths
+// Neurons of a panel: wide enough for the library to be fast; Stable Diffusion's layers are whole multiples.
+constexpr int kWidth = 320;
 constexpr int kTokens = 77;
 constexpr int kAlignment = 64;
 
