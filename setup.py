@@ -1,21 +1,23 @@
-"""Build of the two compiled modules; everything that is not about compiling is in pyproject.toml.
+"""Builds the two compiled modules. All other settings of the package are in pyproject.toml.
 
-`nemo_ext._C`       the operators, against PyTorch's stable ABI: one binary for CPU and CUDA builds of PyTorch,
-                    from the targeted version on, with or without a GPU.
-`nemo_ext._module`  build facts and CPU capabilities, without PyTorch, through pybind11.
+`nemo_ext._C`       contains the operators. It is built against PyTorch's stable ABI, so that one binary works with CPU
+                    and CUDA builds of PyTorch, from TARGETED_TORCH on, with or without a GPU.
+`nemo_ext._module`  contains build facts and CPU capabilities. It uses pybind11 and not PyTorch.
 
-What the environment decides:
+Environment variables control the build:
 
-CXX                    the C++ compiler, also nvcc's host compiler (default: c++).
-NEMO_EXT_CUDA          auto: CUDA kernels where a usable toolkit is found (the default); 1: fail without one; 0: none.
-NEMO_EXT_CUDA_ARCHS    the GPU architectures to compile for, like "80;90+PTX"; else TORCH_CUDA_ARCH_LIST says so, like
-                       "8.0;9.0+PTX"; else DEFAULT_ARCHITECTURES. Never the GPUs of the machine that builds.
-CUDA_HOME, CUDA_PATH   the toolkit; else the first usable one of: nvcc on the PATH, /usr/local/cuda, nvidia-cuda-nvcc
-                       from PyPI.
-MAX_JOBS               how many compilers run at once.
+CXX                    The C++ compiler, which is also nvcc's host compiler. The default is c++.
+NEMO_EXT_CUDA          auto, the default, compiles the CUDA kernels if a usable toolkit is found; 1 fails if none is
+                       found; 0 leaves the CUDA kernels out.
+NEMO_EXT_CUDA_ARCHS    The GPU architectures to compile for, like "80;90+PTX". If it is not set, TORCH_CUDA_ARCH_LIST
+                       is used, like "8.0;9.0+PTX", and otherwise DEFAULT_ARCHITECTURES. The GPUs of the build machine
+                       are never consulted.
+CUDA_HOME, CUDA_PATH   The folder of the toolkit. If neither is set, the first usable one of these is taken: nvcc on the
+                       PATH, /usr/local/cuda, the package nvidia-cuda-nvcc from PyPI.
+MAX_JOBS               The number of compilers that run at the same time.
 
-PyTorch's CUDAExtension is not used: it refuses to compile CUDA beside a CPU build of PyTorch, and it takes a folder for
-the toolkit that is wrong where nvcc is a wrapper script.
+PyTorch's CUDAExtension is not used, for two reasons: it refuses to compile CUDA with a CPU build of PyTorch, and it
+finds a wrong toolkit folder if nvcc is a wrapper script.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from setuptools import Extension, setup
 
 TARGETED_TORCH = (2, 13)
 
-# The root and not csrc: a csrc on the include path would put its math.h before the system's.
+# The include path is the root and not csrc, because csrc/math.h would hide the system's math.h.
 ROOT = Path(__file__).resolve().parent
 
 try:
@@ -59,19 +61,19 @@ STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{TARGETED_TORCH[0]:02x}{TARGETED_TORCH[1
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# Machine code for the GPUs since Ampere, and PTX of the oldest, which the driver compiles for any other later one.
+# Machine code for GPUs from Ampere on, and PTX for the oldest, which the driver compiles for GPUs that are not listed.
 DEFAULT_ARCHITECTURES = "80+PTX;86;89;90;100;120"
 OLDEST_ARCHITECTURE = 80
 
 
 class Unusable(Exception):
-    """Why a CUDA toolkit can't compile the kernels."""
+    """States why a CUDA toolkit can't compile the kernels."""
 
 
 class Toolkit(NamedTuple):
     nvcc: str
     version: str
-    runtime: str  # the static library
+    runtime: str  # path of the static CUDA runtime library
 
 
 def cuda_choice(environment: Mapping[str, str]) -> str:
@@ -82,17 +84,17 @@ def cuda_choice(environment: Mapping[str, str]) -> str:
 
 
 def cuda_architectures(environment: Mapping[str, str]) -> list[str]:
-    """What to compile for, as nvcc names it: machine code `sm_80`, …, then PTX `compute_80`, …"""
+    """Return the targets in nvcc's notation: machine code (`sm_80`, …), then PTX (`compute_80`, …)."""
     variable = next((name for name in ("NEMO_EXT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST") if environment.get(name)), "")
     machine_code, ptx = [], []
     for name in re.findall(r"[^;,\s]+", environment[variable] if variable else DEFAULT_ARCHITECTURES):
-        # The kernels use nothing that only 9.0a or 10.0f has: they are compiled for 9.0 or 10.0.
+        # A suffix like that of 9.0a or 10.0f is dropped, because the kernels use no architecture-specific feature.
         match = re.fullmatch(r"(\d+)\.?(\d)[af]?(\+PTX)?", name)
         if match is None:
             sys.exit(f"{variable} must name architectures like 80, 9.0 or 9.0+PTX, separated by ';', got {name!r}.")
         number, with_ptx = match[1] + match[2], match[3]
         if int(number) < OLDEST_ARCHITECTURE:
-            # TORCH_CUDA_ARCH_LIST is meant for all extensions, and set in many container images.
+            # This is no error, because many container images set TORCH_CUDA_ARCH_LIST for all extensions.
             if variable == "TORCH_CUDA_ARCH_LIST":
                 print(f"nemo_ext: {name} of {variable} is left out, the kernels need 8.0 or newer")
                 continue
@@ -106,24 +108,24 @@ def cuda_architectures(environment: Mapping[str, str]) -> list[str]:
 
 
 def host_compiler_of(command: list[str]) -> str:
-    """What nvcc takes for a host compiler: a name, where `command` may be "ccache g++ -m64"."""
+    """Return the compiler's name in a command like "ccache g++ -m64": nvcc takes no more than a name."""
     return next(word for word in command if not word.endswith("cache"))
 
 
 def nvcc_candidates(environment: Mapping[str, str]) -> list[str]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environment.get(variable):
-            # Nothing else then: a toolkit that was asked for is not replaced by another.
+            # The user asked for this toolkit, so no other one replaces it.
             return [os.path.join(os.path.abspath(environment[variable]), "bin", "nvcc")]
     on_path = shutil.which("nvcc", path=environment.get("PATH"))
-    # PyPI's packages unpack to nvidia/cu13, and are not on the PATH.
+    # PyPI's packages install nvcc to nvidia/cu13, which is not on the PATH.
     in_packages = [path for folder in sys.path for path in sorted(Path(folder).glob("nvidia/cu*/bin/nvcc"))]
     others = [str(path) for path in (Path("/usr/local/cuda/bin/nvcc"), *in_packages) if path.exists()]
     return list(dict.fromkeys([on_path, *others] if on_path else others))
 
 
 def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str]) -> Toolkit:
-    """The toolkit around `nvcc`, which may be a wrapper script: where its folders are, only nvcc itself can say."""
+    """Return the toolkit that `nvcc` belongs to. Only nvcc knows its folders, because it may be a wrapper script."""
 
     def ask(*arguments: str) -> str:
         try:
@@ -137,12 +139,12 @@ def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str]) -> Toolk
 
     version = re.search(r"release .*V(\d+(?:\.\d+)+)", ask("--version"))
     if version is None:
-        raise Unusable(f"{nvcc} --version names no release")
+        raise Unusable(f"{nvcc} --version prints no release")
     known = ask("--list-gpu-code").split() + ask("--list-gpu-arch").split()
     unknown = [name for name in architectures if name not in known]
     if unknown:
         raise Unusable(f"{nvcc} is of CUDA {version[1]}, which does not know {', '.join(unknown)}")
-    # Prints the commands it would run; the source need not exist.
+    # A dry run prints the commands that nvcc would run, with the toolkit's folders; the source need not exist.
     dry_run = ask("--dryrun", "-ccbin", host_compiler, "-c", "kernels.cu")
     for flag, name in (("-I", "cuda_runtime.h"), ("-L", "libcudart_static.a")):
         folders = re.findall(f'"{flag}([^"]+)"', dry_run)
@@ -159,20 +161,19 @@ def find_toolkit(environment: Mapping[str, str], host_compiler: str, architectur
             return toolkit_of(nvcc, host_compiler, architectures)
         except Unusable as reason:
             reasons.append(str(reason))
-    raise Unusable("; ".join(reasons) or "no nvcc on the PATH, in /usr/local/cuda or among the Python packages")
+    raise Unusable("; ".join(reasons) or "there is no nvcc on the PATH, in /usr/local/cuda or in the Python packages")
 
 
 def compile_kernels(toolkit: Toolkit, host_compiler: str, architectures: list[str], folder: Path) -> Path:
-    """The object of csrc/cuda/value_projection.cu, compiled anew only where something has changed."""
+    """Compile csrc/cuda/value_projection.cu if its inputs have changed, and return the path of the object file."""
     source = ROOT / "csrc" / "cuda" / "value_projection.cu"
-    # Beside the object of value_projection.cpp.
     target = folder / "csrc" / "cuda" / "value_projection.cu.o"
     command = [toolkit.nvcc, "-ccbin", host_compiler, *NVCC_FLAGS, f"-I{ROOT}"]
     for name in architectures:
         command.append(f"-gencode=arch=compute_{name.partition('_')[2]},code={name}")
     command += ["-c", str(source), "-o", str(target)]
 
-    # nvcc adds the options in two variables of its own.
+    # nvcc reads further options from these two environment variables.
     options = [os.environ.get(f"NVCC_{which}_FLAGS", "") for which in ("PREPEND", "APPEND")]
     inputs = hashlib.sha256(shlex.join([toolkit.version, *options, *command]).encode())
     for path in sorted([*(ROOT / "csrc").glob("*.h"), *source.parent.glob("*.*")]):
@@ -188,15 +189,15 @@ def compile_kernels(toolkit: Toolkit, host_compiler: str, architectures: list[st
     print(shlex.join(command), flush=True)
     if subprocess.run(command, check=False).returncode != 0:
         sys.exit(
-            f"nvcc {toolkit.version} could not compile {source.relative_to(ROOT)}, its messages are above; "
-            "NEMO_EXT_CUDA=0 builds without CUDA kernels."
+            f"nvcc {toolkit.version} could not compile {source.relative_to(ROOT)}, its messages are above. "
+            "To build without CUDA kernels, set NEMO_EXT_CUDA=0."
         )
     stamp.write_text(inputs.hexdigest())
     return target
 
 
 class BuildWithFacts(BuildExtension):
-    """Says what to install where there is no compiler, adds the CUDA kernels, and tells `_module` how it was built."""
+    """Checks that there is a compiler, adds the CUDA kernels, and defines the build facts that `_module` reports."""
 
     def build_extensions(self) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
@@ -223,7 +224,7 @@ class BuildWithFacts(BuildExtension):
         super().build_extensions()
 
     def add_cuda(self, operators: Extension, compiler: list[str]) -> tuple[str, list[str]]:
-        """Add the CUDA kernels if they are wanted and can be built; tell so in words, and for which architectures."""
+        """Add the CUDA kernels if they are wanted and can be built; return the outcome and the architectures."""
         choice = cuda_choice(os.environ)
         if choice == "0":
             return "left out: NEMO_EXT_CUDA=0", []
@@ -235,7 +236,7 @@ class BuildWithFacts(BuildExtension):
             if choice == "1":
                 sys.exit(
                     f"NEMO_EXT_CUDA=1 needs a CUDA toolkit for {', '.join(architectures)}, and found none: {reason}. "
-                    "Set CUDA_HOME to the folder of one, or build without CUDA kernels by NEMO_EXT_CUDA=0."
+                    "Set CUDA_HOME to the folder of one, or set NEMO_EXT_CUDA=0 to build without CUDA kernels."
                 )
             return f"left out: {reason}", []
         operators.extra_objects = [
@@ -263,7 +264,7 @@ if __name__ == "__main__":
                 ],
                 py_limited_api=True,
                 include_dirs=[str(ROOT)],
-                # PyTorch shows where a kernel was registered: a place in these sources, not in the builder's folders.
+                # PyTorch reports where a kernel was registered. The path should start at the root of these sources.
                 extra_compile_args=[*FLAGS, STABLE_ABI, f"-ffile-prefix-map={ROOT}/="],
             ),
             Extension(

@@ -16,9 +16,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.similarity import similarity
+from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.scoring import Protocol, similarity
-from nemo_ext.statistics import ActivationStatistics
 
 Neurons = Mapping[str, list[int]]
 PAPER = Protocol.paper()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from nemo_ext.demo.captions import MEMORIZED
 from nemo_ext.demo.run import GUIDANCE, STEPS, load_demo_pipeline
-from nemo_ext.layers import value_layers
+from nemo_ext.models.layers import value_layers
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import patch
+from nemo_ext.patching.patch import patch
 
 OFF_PER_LAYER = 4
 CLIP_TOKENS, CLIP_WIDTH = 77, 768

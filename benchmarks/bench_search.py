@@ -18,10 +18,10 @@ from harness import Panel, Row, Run, parser, timed
 
 from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
 from nemo_ext.demo.run import MODEL, STATISTICS_PROMPTS, STATISTICS_TITLES, load_demo_pipeline
-from nemo_ext.localizer import Localizer
+from nemo_ext.measure.statistics import collect_statistics
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.results.record import Localization
-from nemo_ext.statistics import collect_statistics
+from nemo_ext.search.localizer import Localizer
 
 SEARCHES = ("exhaustive", "guided")
 #: How far rounding may move a similarity from one batch to another.

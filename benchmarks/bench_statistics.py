@@ -20,8 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from nemo_ext.demo.captions import ordinary_captions
 from nemo_ext.demo.run import load_demo_pipeline
-from nemo_ext.layers import value_layers
-from nemo_ext.statistics import ActivationStatistics, collect_statistics
+from nemo_ext.measure.statistics import ActivationStatistics, collect_statistics
+from nemo_ext.models.layers import value_layers
 
 Summary = dict[str, tuple[Tensor, Tensor]]
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nemo_ext import _module, info
-from nemo_ext.atomic import replacing
+from nemo_ext.files import replacing
 
 Row = dict[str, Any]
 Call = Callable[[], object]

@@ -1,9 +1,9 @@
-"""What can be known of the compiled CUDA kernels without a GPU: registers, spills, the main loop, and its bounds.
+"""Static measurements of the compiled CUDA kernels, which need no GPU, and the bounds of their speed.
 
-Run `python benchmarks/kernel_limits.py [--write]`. The machine code is taken out of the installed extension, so what is
-measured is what is shipped: registers and local memory from cuobjdump, the main loop from nvdisasm, shared-memory bank
-conflicts from cuxray. Bounds follow from the tile sizes of csrc/cuda/plan.h; docs/kernels.md derives them, and
-`--write` puts the tables there.
+Run `python benchmarks/kernel_limits.py [--write]`. It measures the machine code of the installed extension, which is
+what ships: registers and local memory by cuobjdump, the main loop by nvdisasm, bank conflicts in shared memory by
+cuxray. The bounds follow from the tile sizes of csrc/cuda/plan.h, as docs/kernels.md derives them. `--write` updates
+the tables there.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 ELEMENTS = {"f": "float32", "BFloat16": "bfloat16", "Float16": "float16"}
+SIXTEEN_BITS = {"bfloat16", "float16"}
 SHAPES = ("wide", "medium", "narrow", "strided")
-REGISTERS = 65536  # of a multiprocessor, on every architecture here
-BATCH, TOKENS = 64, 77  # of the traffic table
+REGISTERS = 65536  # per multiprocessor, on every architecture here
+BATCH, TOKENS = 64, 77  # in the traffic table
+TILE_TOKENS = 80  # csrc/cuda/plan.h, `kTileTokens`
+MERGE_REGISTER_BUDGET = REGISTERS // (4 * 256)  # csrc/cuda/merge.cuh: four blocks of 256 threads
 
 
 @dataclass(frozen=True)
 class Tile:
-    """csrc/cuda/plan.h, `Tile`, of one element and shape."""
+    """The sizes of `BlockTile` in csrc/cuda/plan.h for one element and shape."""
 
     element: str
     shape: str
@@ -41,16 +45,16 @@ class Tile:
         return 4 if self.element == "float32" else 2
 
     @property
-    def slots(self) -> int:
+    def warp_rows(self) -> int:
         return {"wide": 4, "medium": 2}.get(self.shape, 1)
 
     @property
-    def column_warps(self) -> int:
-        return 2 if self.slots > 1 else 4
+    def warp_columns(self) -> int:
+        return 2 if self.warp_rows > 1 else 4
 
     @property
-    def warp_columns(self) -> int:
-        return 128 // self.element_size if self.slots > 1 else 16
+    def warp_neurons(self) -> int:
+        return 128 // self.element_size if self.warp_rows > 1 else 16
 
     @property
     def blocks(self) -> int:
@@ -58,47 +62,47 @@ class Tile:
 
     @property
     def warps(self) -> int:
-        return self.slots * self.column_warps
+        return self.warp_rows * self.warp_columns
 
     @property
-    def rows(self) -> int:
-        return 80 * self.slots
+    def tokens(self) -> int:
+        return TILE_TOKENS * self.warp_rows
 
     @property
-    def columns(self) -> int:
-        return self.column_warps * self.warp_columns
+    def neurons(self) -> int:
+        return self.warp_columns * self.warp_neurons
 
     @property
     def register_budget(self) -> int:
-        """What lets `blocks` of them live on one multiprocessor; 255 is the most that an instruction can name."""
+        """Registers per thread with which `blocks` blocks fit on one multiprocessor; an instruction can name 255."""
         return min(255, REGISTERS // (32 * self.warps * self.blocks) // 8 * 8)
 
     @property
     def shared_bytes(self) -> int:
         stages = 3 if self.shape == "wide" else 4
-        return stages * (self.rows + self.columns) * 64 + 3 * self.slots * self.columns * 4
+        return stages * (self.tokens + self.neurons) * 64 + 3 * self.warp_rows * self.neurons * 4
 
-    # Of 32 bytes of in_features, which is one mma deep: what the block computes, copies in, and reads.
+    # The next three are for 32 bytes of in_features, the depth of one mma.
     @property
     def flops(self) -> int:
-        return 2 * self.rows * self.columns * 32 // self.element_size
+        return 2 * self.tokens * self.neurons * 32 // self.element_size
 
     @property
     def copied_bytes(self) -> int:
-        return (self.rows + self.columns) * 32
+        return (self.tokens + self.neurons) * 32
 
     @property
     def read_bytes(self) -> int:
-        return self.warps * (80 + self.warp_columns) * 32
+        return self.warps * (TILE_TOKENS + self.warp_neurons) * 32
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Per clock and multiprocessor. Sources: docs/kernels.md."""
+    """Rates per clock and multiprocessor. docs/kernels.md names the sources."""
 
     name: str
     architecture: str
-    flops: dict[int, float]  # dense tensor-core operations of mma.sync by element size; float32: tf32
+    flops: dict[int, float]  # of the tensor cores, dense, by element size; for 4 bytes in tf32
     shared_bytes: float = 128
 
 
@@ -109,9 +113,22 @@ GPUS = (
 )
 
 
+class Figures(NamedTuple):
+    """The row of a kernel in the table of docs/kernels.md."""
+
+    registers: int
+    register_budget: int
+    stack: int
+    spills: int
+    hmma: int
+    ldsm: int
+    ldgsts: int
+    loop_instructions: int
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: what ptxas allotted, and the instructions of the loop with the most HMMA."""
+    """A compiled kernel: the resources that ptxas has allotted, and counts of instructions."""
 
     architecture: str
     name: str
@@ -119,17 +136,26 @@ class Kernel:
     stack: int
     local: int
     spills: int
-    loop: Counter[str]
+    loop: Counter[str]  # the main loop: the shortest loop with the most HMMA
+    stores: Counter[str]  # to global memory, by width
 
     @property
     def tile(self) -> Tile | None:
         match = re.search(r"TileI(?:f|NS0_\d+(\w+?)E)LNS0_5ShapeE(\d)", self.name)
         return Tile(ELEMENTS[match[1] or "f"], SHAPES[int(match[2])]) if match else None
 
+    @property
+    def figures(self) -> Figures:
+        counts = (
+            (self.loop["HMMA"], self.loop["LDSM"], self.loop["LDGSTS"], self.loop.total()) if self.tile else [0] * 4
+        )
+        budget = self.tile.register_budget if self.tile else MERGE_REGISTER_BUDGET
+        return Figures(self.registers, budget, self.stack, self.spills, *counts)
+
 
 @cache
 def tool(name: str) -> str:
-    """A CUDA tool: on the PATH, or from its PyPI package."""
+    """Find a CUDA tool on the PATH or in its PyPI package."""
     packages = find_spec("nvidia")
     folders = [
         folder
@@ -152,7 +178,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def machine_code(folder: Path) -> dict[str, Path]:
-    """Architecture -> its machine code, taken out of the installed extension into `folder`."""
+    """Extract the machine code of the installed extension into `folder`: architecture -> file."""
     extension = find_spec("nemo_ext._C")
     if extension is None or extension.origin is None:
         raise FileNotFoundError("nemo_ext is not installed: pip install -e . in its source tree")
@@ -166,7 +192,7 @@ def machine_code(folder: Path) -> dict[str, Path]:
 
 
 def main_loop(instructions: list[tuple[int, str]], labels: dict[str, int]) -> Counter[str]:
-    """Opcodes of the shortest loop with the most HMMA."""
+    """Count the opcodes of the shortest loop with the most HMMA."""
     best: tuple[int, int] = (0, 0)
     loop: Counter[str] = Counter()
     for address, text in instructions:
@@ -180,8 +206,9 @@ def main_loop(instructions: list[tuple[int, str]], labels: dict[str, int]) -> Co
     return loop
 
 
-def opcode(text: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
+def opcode(text: str, modifiers: bool = False) -> str:
+    name = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
+    return name if modifiers else name.split(".")[0]
 
 
 def kernels_of(architecture: str, cubin: Path) -> list[Kernel]:
@@ -205,12 +232,13 @@ def kernels_of(architecture: str, cubin: Path) -> list[Kernel]:
                 address += 16
         spills = sum(opcode(text) in ("STL", "LDL") for _, text in instructions)
         loop = main_loop(instructions, labels)
-        kernels.append(Kernel(architecture, name, int(registers), int(stack), int(local), spills, loop))
+        stores = Counter(opcode(text, modifiers=True) for _, text in instructions if opcode(text) == "STG")
+        kernels.append(Kernel(architecture, name, int(registers), int(stack), int(local), spills, loop, stores))
     return kernels
 
 
 def bank_conflicts(cubin: Path, kernel: Kernel) -> dict[str, int]:
-    """Of the shared-memory accesses whose addresses cuxray can follow: the worst conflict, and how many have one."""
+    """Find the worst bank conflict, and how many accesses have one, among those whose addresses cuxray can follow."""
     tile = kernel.tile
     assert tile is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -236,33 +264,38 @@ def compiled() -> list[Kernel]:
 
 
 def cycles(tile: Tile, gpu: Gpu) -> tuple[float, float]:
-    """Of the tensor cores and of shared memory, for 32 bytes of in_features of one block."""
+    """Return the clocks of the tensor cores and of shared memory for 32 bytes of in_features of one block."""
     products = 3 if tile.element == "float32" else 1
     tensor = products * tile.flops / gpu.flops[tile.element_size]
     return tensor, (tile.copied_bytes + tile.read_bytes) / gpu.shared_bytes
 
 
 def bounds_table() -> str:
+    """Return a row per tile, with the clocks on each GPU separated by slashes."""
+    names = " / ".join(gpu.name for gpu in GPUS)
     lines = [
-        "| tile | on | FLOP | copied, B | read, B | tensor, clocks | shared memory, clocks | bound by | L2, B/clock |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| tile | FLOP | copied, B | read, B | shared memory, clocks | tensor cores, clocks: {names} | bound by | "
+        "L2, B/clock |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for element in ("bfloat16", "float32"):
         for shape in SHAPES[:3]:
             tile = Tile(element, shape)
-            for gpu in GPUS:
-                tensor, shared = cycles(tile, gpu)
-                bound = "tensor cores" if tensor >= shared else "shared memory"
-                lines.append(
-                    f"| {element} {shape}, {tile.rows} × {tile.columns} | {gpu.name} | {tile.flops:,} | "
-                    f"{tile.copied_bytes:,} | {tile.read_bytes:,} | {tensor:.0f} | {shared:.0f} | {bound} | "
-                    f"{tile.copied_bytes / max(tensor, shared):.0f} |"
-                )
+            clocks = [cycles(tile, gpu) for gpu in GPUS]
+            bounds = ["tensor" if tensor >= shared else "shared" for tensor, shared in clocks]
+            precision = "float32" if element == "float32" else "16-bit"
+            l2_rates = [f"{tile.copied_bytes / max(both):.0f}" for both in clocks]
+            lines.append(
+                f"| {precision} {shape}, {tile.tokens} × {tile.neurons} | {tile.flops:,} | "
+                f"{tile.copied_bytes:,} | {tile.read_bytes:,} | {clocks[0][1]:.0f} | "
+                f"{' / '.join(f'{tensor:.0f}' for tensor, _ in clocks)} | "
+                f"{bounds[0] if len(set(bounds)) == 1 else ' / '.join(bounds)} | {' / '.join(l2_rates)} |"
+            )
     return "\n".join(lines)
 
 
 def traffic_table() -> str:
-    """Of whole calls: the arithmetic and the least that device memory must move."""
+    """Return the arithmetic of whole calls and the least traffic of device memory."""
     lines = [
         "| text width K | neurons N | GFLOP | with values, MB | FLOP/B | statistics only, MB | FLOP/B |",
         "|---|---|---|---|---|---|---|",
@@ -281,20 +314,25 @@ def traffic_table() -> str:
 
 
 def measurements_table(kernels: list[Kernel]) -> str:
-    lines = [
-        "| architecture | kernel | registers | of | stack, B | spills | main loop: HMMA | LDSM | LDGSTS | all |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return one row for all architectures, and both 16-bit elements, on which a kernel has the same figures."""
+    elements: dict[tuple[str, str, Figures], list[str]] = {}
     for kernel in kernels:
         tile = kernel.tile
-        name = f"{tile.element} {tile.shape}" if tile else "merge"
-        budget = tile.register_budget if tile else 64
-        loop = [str(kernel.loop[name]) for name in ("HMMA", "LDSM", "LDGSTS")] if tile else ["–"] * 3
-        total = str(kernel.loop.total()) if tile else "–"
-        lines.append(
-            f"| {kernel.architecture} | {name} | {kernel.registers} | {budget} | {kernel.stack} | {kernel.spills} | "
-            f"{' | '.join(loop)} | {total} |"
-        )
+        shape, element = (tile.shape, tile.element) if tile else ("merge", "")
+        elements.setdefault((kernel.architecture, shape, kernel.figures), []).append(element)
+    architectures: dict[tuple[str, Figures], list[str]] = {}
+    for (architecture, shape, figures), names in elements.items():
+        for name in ["16-bit", *(set(names) - SIXTEEN_BITS)] if set(names) >= SIXTEEN_BITS else names:
+            architectures.setdefault((f"{name} {shape}".strip(), figures), []).append(architecture)
+    lines = [
+        "| kernel | architectures | registers | of | stack, B | spills | main loop: HMMA | LDSM | LDGSTS | all |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = [f"{element} {shape}" for element in ("16-bit", "bfloat16", "float16", "float32") for shape in SHAPES]
+    for (name, figures), same in sorted(architectures.items(), key=lambda row: [*order, "merge"].index(row[0][0])):
+        numbers = ", ".join(architecture.removeprefix("sm_") for architecture in same)
+        loop = figures[4:] if name != "merge" else ["–"] * 4
+        lines.append(f"| {name} | sm_{numbers} | {' | '.join(map(str, [*figures[:4], *loop]))} |")
     return "\n".join(lines)
 
 
@@ -307,13 +345,13 @@ def nvcc_version() -> str:
 def write(name: str, text: str) -> None:
     document = DOCUMENT.read_text()
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-    assert re.search(pattern, document, re.S), f"{DOCUMENT.name} has no place for {name}"
+    assert re.search(pattern, document, re.S), f"{DOCUMENT.name} has no table {name}"
     DOCUMENT.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", document, flags=re.S))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="update the tables of docs/kernels.md")
     arguments = parser.parse_args()
     kernels = compiled()
     tables = {

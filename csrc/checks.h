@@ -1,4 +1,4 @@
-// Argument checks whose messages name the argument, what was wanted, and what came.
+// Checks of the operators' arguments. Each message names the argument, what it must be, and what it is.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -31,7 +31,7 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-// As Python spells it.
+// The dtype's name in Python.
 inline const char* name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -64,7 +64,7 @@ inline void check_device(const char* name, const Tensor& tensor, const Tensor& h
   }
 }
 
-// `wanted` spells the shape with the meaning of its axes, e.g. "[out_features]".
+// `wanted` is the shape by the names of its axes, for example "[out_features]".
 inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                         const char* wanted) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
@@ -84,7 +84,7 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType wante
   }
 }
 
-// bias and scale may keep full precision beside half-precision weights.
+// For bias and scale, which may be float32 although hidden and weight are half precision.
 inline void check_dtype_or_float(const char* name, const Tensor& tensor, ScalarType wanted) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != wanted && dtype != ScalarType::Float) {
@@ -94,7 +94,7 @@ inline void check_dtype_or_float(const char* name, const Tensor& tensor, ScalarT
   }
 }
 
-// Sizes of a value projection, checked; shared by every device's kernels.
+// Sizes of a value projection, after all checks.
 struct Sizes {
   int64_t batch, tokens, in_features, out_features;
 };
@@ -138,7 +138,8 @@ inline void check_gradient(const Sizes& sizes, const Tensor& hidden, const Tenso
   check_device("gradient", gradient, hidden);
 }
 
-// Without a token there is nothing to average over. A mask can leave none too, but that is in its data.
+// The activation is a mean over tokens, so it needs at least one. This check reads shapes only; a mask that
+// excludes every token is found by the kernels, because it depends on data.
 inline void check_some_tokens(const Sizes& sizes, const std::optional<Tensor>& token_mask) {
   if (sizes.batch > 0 && sizes.tokens == 0) {
     fail(token_mask ? "token_mask" : "hidden",

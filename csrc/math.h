@@ -1,7 +1,7 @@
-// Arithmetic for host and device alike; of running moments above all: Welford's update and Chan's merge.
+// Arithmetic for host and device: running moments by Welford's update and Chan's merge.
 //
-// A sum of squares would cancel where the mean is large against the spread, which is what activations of one
-// neuron over ordinary prompts look like; neither function ever forms one.
+// Neither function forms a sum of squares. The variance from such a sum suffers from cancellation if the mean
+// is large against the standard deviation, as it is for the activation of a neuron over ordinary prompts.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -12,7 +12,7 @@
 
 namespace nemo_ext {
 
-// Of a set of observations: how many, their mean, and the sum of squared deviations from that mean.
+// Number of observations, their mean, and the sum of their squared deviations from that mean.
 template <typename Real>
 struct Moments {
   Real count = 0;

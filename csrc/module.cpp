@@ -1,4 +1,5 @@
-// nemo_ext._module: how this was built, and what this CPU can run. Free of torch.
+// nemo_ext._module: build facts and CPU capabilities. This module does not use torch, so that it works even
+// if the operators do not load with the installed torch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -51,12 +52,15 @@ py::tuple best_cpu_choice(const std::set<std::string>& supported, const std::str
 
 PYBIND11_MODULE(_module, module) {
   module.doc() = "Build facts and CPU capabilities of nemo_ext.";
-  module.def("build_facts", &build_facts, "How the compiled modules were built.");
+  module.def("build_facts", &build_facts, "Returns how the compiled modules were built.");
   module.def("cpu_capabilities", &cpu_capabilities,
-             "Variant of the CPU kernels -> whether this CPU can run it.");
-  module.def("cpu_choice", &cpu_choice,
-             "Variant that the operators run, and why: the best one, or what NEMO_EXT_CPU_CAPABILITY says.");
+             "Returns a dict: variant of the CPU kernels -> whether this CPU can run it.");
+  module.def(
+      "cpu_choice", &cpu_choice,
+      "Returns the variant that the operators run and the reason for it. It is the best one, or the one "
+      "that NEMO_EXT_CPU_CAPABILITY names.");
   module.def(
       "best_cpu_choice", &best_cpu_choice, py::arg("supported"), py::arg("vendor"), py::arg("family"),
-      "The same for a CPU that supports the variants named, by its vendor and family as CPUID tells them.");
+      "Returns the best variant and the reason for it, for a CPU with the supported variants, vendor and "
+      "family given. Vendor and family are those that CPUID returns.");
 }

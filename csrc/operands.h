@@ -1,4 +1,4 @@
-// Tensors to what kernels take: shared by the devices, like the checks that come before.
+// Converts the operators' tensors to the plain pointers that kernels take. All devices share it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -23,7 +23,7 @@ inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(torch::stable::to(tensor, dtype));
 }
 
-// A Projection and the tensors that it points into: copies of the small ones, and the results.
+// A Projection and the tensors that own its memory: converted copies of small arguments, and the results.
 struct Call {
   Projection projection{};
   std::optional<Tensor> bias, scale, token_mask, gradient;
@@ -55,7 +55,8 @@ inline Call describe(const Sizes& sizes, const Tensor& hidden, const Tensor& wei
   return call;
 }
 
-// The schema returns a tensor either way: an optional one cannot be functionalized by torch.compile.
+// The empty tensor that is returned if no values are wanted. The schema returns a tensor in both cases,
+// because torch.compile cannot functionalize an operator with an optional result.
 inline Tensor no_values(const Tensor& hidden) {
   return torch::stable::new_empty(hidden, {0});
 }
@@ -81,8 +82,8 @@ inline void want_scale_gradient(Call& call, const Tensor& hidden, const Tensor& 
   call.gradient = torch::stable::contiguous(gradient);
   p.gradient = call.gradient->const_data_ptr();
   call.scale_gradient = torch::stable::new_empty(hidden, {p.batch, p.out_features}, ScalarType::Float);
-  if (p.tokens == 0)
-    torch::stable::zero_(*call.scale_gradient);  // no kernel comes by to write the empty sums
+  // Without tokens no kernel runs, and the sums are 0.
+  if (p.tokens == 0) torch::stable::zero_(*call.scale_gradient);
   p.scale_gradient = call.scale_gradient->mutable_data_ptr<float>();
 }
 

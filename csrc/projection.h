@@ -1,4 +1,4 @@
-// One call of a value projection, in plain pointers: what the kernels of every device compute.
+// One call of a value projection in plain pointers, as the kernels of every device take it.
 #pragma once
 
 #include <cstdint>
@@ -7,25 +7,26 @@ namespace nemo_ext {
 
 enum class Element { Float32, BFloat16, Float16 };
 
-// values = (hidden weightᵀ + bias) · scale, and per prompt and neuron either
-//   activation = mean over counted tokens of abs(hidden weightᵀ + bias), or
-//   scale_gradient = sum over tokens of (hidden weightᵀ + bias) · gradient.
-// Strides are in elements; what has none is contiguous.
+// The kernels compute values = (hidden weightᵀ + bias) · scale, and for each prompt and neuron one of
+//   activation = mean over the tokens of token_mask of abs(hidden weightᵀ + bias)
+//   scale_gradient = sum over tokens of (hidden weightᵀ + bias) · gradient
+// A result whose pointer is null is not computed. Strides are in elements; an operand without strides is
+// contiguous.
 struct Projection {
   int64_t batch, tokens, in_features, out_features;
-  Element element;  // of hidden, weight, values and gradient
+  Element element;  // dtype of hidden, weight, values and gradient
   const void* hidden;
   int64_t hidden_strides[3];
   const void* weight;
   int64_t weight_strides[2];
   const float* bias;           // [out_features] or null
   const float* scale;          // [out_features], [batch, out_features] or null
-  int64_t scale_batch_stride;  // 0: one scale for all prompts
-  const bool* token_mask;      // [batch, tokens] or null: every token counts
+  int64_t scale_batch_stride;  // 0 if all prompts share one scale
+  const bool* token_mask;      // [batch, tokens], or null to include every token
   void* values;                // [batch, tokens, out_features] or null
   float* activation;           // [batch, out_features] or null
-  const void* gradient;        // [batch, tokens, out_features]: only with scale_gradient
-  float* scale_gradient;       // [batch, out_features] or null: only without activation
+  const void* gradient;        // [batch, tokens, out_features], used with scale_gradient only
+  float* scale_gradient;       // [batch, out_features] or null; null if activation is not
 };
 
 }  // namespace nemo_ext

@@ -1,5 +1,5 @@
-// Every operator's schema, once. Kernels register themselves per dispatch key (csrc/cpu, csrc/cuda); fakes,
-// autograd and autocast are in nemo_ext/ops.py.
+// The schemas of all operators. The kernels in csrc/cpu and csrc/cuda register themselves for their dispatch
+// keys; fakes, autograd and autocast are in nemo_ext/ops.py.
 
 #include <Python.h>
 
@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(nemo_ext, library) {
       "Tensor");
 }
 
-// Importing the module is what loads the library; there is nothing in it.
+// Python imports this empty module to load the library, which registers the operators.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

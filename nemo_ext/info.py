@@ -1,4 +1,4 @@
-"""What is installed, how it was built, and what this machine can run: `python -m nemo_ext.info`."""
+"""Facts about the packages, the build, and what this machine can run. `python -m nemo_ext.info` prints them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class Gpu(NamedTuple):
 
     @property
     def architecture(self) -> str:
+        """The GPU's architecture in nvcc's notation, for example `sm_86`."""
         return "sm_{}{}".format(*self.capability)
 
 
 def gpus() -> list[Gpu]:
+    """Return the CUDA devices that PyTorch sees, in PyTorch's order."""
     import torch
 
     indices = range(torch.cuda.device_count())
@@ -31,10 +33,10 @@ def gpus() -> list[Gpu]:
 
 
 def cuda_obstacle(build: Mapping[str, Any], gpu: Gpu) -> str | None:
-    """Why the operators can't run on `gpu` and what to do about it, None where they can.
+    """Return why the operators can't run on `gpu` and what to do about it, or None if they can run.
 
     Args:
-        build: what `nemo_ext._module.build_facts()` tells.
+        build: the result of `nemo_ext._module.build_facts()`.
         gpu: one of `gpus()`.
     """
     compiled = build["cuda_architectures"]
@@ -53,7 +55,11 @@ def cuda_obstacle(build: Mapping[str, Any], gpu: Gpu) -> str | None:
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Machine code runs within its major version, from its minor version on; PTX on whatever came later."""
+    """Return whether code that was compiled for `architecture` runs on a GPU of compute capability `capability`.
+
+    Machine code (`sm_86`) needs the same major version and at least the same minor version. PTX (`compute_80`) needs at
+    least the same version.
+    """
     kind, _, number = architecture.partition("_")
     major, minor = int(number[:-1]), int(number[-1])
     return (major, minor) <= capability and (kind == "compute" or major == capability[0])
@@ -67,10 +73,13 @@ def _version_of(package: str) -> str | None:
 
 
 def collect() -> dict[str, Any]:
-    """Facts for a bug report: `build`, `backends`, `cpu`, `devices`, `packages`, `python`, `notes` on what to do for a
-    GPU that isn't used, and `error` where something is missing.
+    """Return facts for a bug report.
 
-    Never raises: a package that does not load is what a report is most often about.
+    Returns:
+        A dict of names to values that JSON can represent: `python`, `platform`, `packages`, `devices`, `threads`,
+        `build`, `cpu` (the variant of the CPU kernels and the reason for it), `notes` (what to do for each GPU that the
+        operators can't use) and `backends`. If a module does not load, `error` has the message, and the facts that
+        follow it are missing. No import error is raised, because bug reports are most often about one.
     """
     facts: dict[str, Any] = {
         "python": platform.python_version(),
@@ -80,7 +89,7 @@ def collect() -> dict[str, Any]:
     try:
         import torch
 
-        # Unlike the package's version this tells a CPU build from a CUDA build.
+        # Unlike the package's version, this one tells a CPU build from a CUDA build.
         facts["packages"]["torch"] = torch.__version__
         found = gpus()
         facts["devices"] = ["cpu", *(f"{gpu.name} ({gpu.architecture})" for gpu in found)]

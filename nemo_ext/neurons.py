@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,17 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
-from nemo_ext.layers import unknown_layer, value_layers
+from nemo_ext.files import replacing
+from nemo_ext.models.layers import unknown_layer, value_layers
+
+#: A neuron: layer name and index.
+Neuron = tuple[str, int]
 
 
 def _network_order(layer: str) -> list[tuple[int, int, str]]:
-    # "transformer_blocks.10" comes after "transformer_blocks.9"; down < mid < up is alphabetical.
+    # Numbers in names count as numbers: "transformer_blocks.10" comes after "transformer_blocks.9". For a U-Net this is
+    # the order of the network, because down < mid < up is alphabetical.
     parts = re.split(r"(\d+)", layer)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
@@ -25,7 +29,8 @@ def _network_order(layer: str) -> list[tuple[int, int, str]]:
 class NeuronSet(Mapping[str, tuple[int, ...]]):
     """An immutable set of neurons, read as a mapping of layer name -> sorted neuron indices.
 
-    Layers come in network order (down, mid, up), and those without a neuron are left out.
+    Layers come in the order of their names, numbers in them as numbers: in a U-Net this is down, mid, up, the order of
+    the network. Layers without a neuron are left out.
 
     `len(neurons)` is the number of *neurons*, as of any set; the number of layers is
     `len(neurons.layers)`. `|`, `&` and `-` are the set operations.
@@ -77,9 +82,22 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
         """The names of the layers that have at least one neuron, in network order."""
         return tuple(self._neurons)
 
-    def pairs(self) -> tuple[tuple[str, int], ...]:
+    def pairs(self) -> tuple[Neuron, ...]:
         """Every neuron as (layer name, index), in network order."""
         return tuple((layer, i) for layer, indices in self._neurons.items() for i in indices)
+
+    @classmethod
+    def from_pairs(cls, neurons: Iterable[Neuron]) -> "NeuronSet":
+        """The set of some neurons, each given as (layer name, index)."""
+        layers: dict[str, list[int]] = {}
+        for layer, index in neurons:
+            layers.setdefault(layer, []).append(index)
+        return cls(layers)
+
+    @classmethod
+    def union(cls, sets: Iterable["NeuronSet"]) -> "NeuronSet":
+        """The neurons of all sets together."""
+        return cls.from_pairs(pair for one in sets for pair in one.pairs())
 
     def _combined(self, other: "NeuronSet", keep: Any) -> "NeuronSet":
         layers = dict.fromkeys((*self.layers, *other.layers))

@@ -1,5 +1,5 @@
-// Which variant of the CPU kernels runs here, and why. Free of torch: the pybind11 module reports what this
-// says.
+// Chooses the variant of the CPU kernels that runs on this machine, and states the reason. This header does
+// not use torch, because the pybind11 module, which reports the choice, is built without it.
 #pragma once
 
 #include <cstdlib>
@@ -37,7 +37,7 @@ inline const char* name_of(Capability capability) {
   }
 }
 
-// A model of CPU as CPUID names it; an empty vendor elsewhere.
+// Vendor and family of the CPU, as CPUID returns them. The vendor is empty if the CPU is not x86-64.
 struct CpuModel {
   std::string vendor;
   int family = 0;
@@ -50,13 +50,14 @@ struct Registers {
 
 inline Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
   Registers r;
-  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx,
-                    &r.edx);  // leaves zeros where there is no such leaf
+  // If the CPU lacks this leaf, the call fails and the registers stay 0.
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
   return r;
 }
 
-// Whether the CPU has tiles and their bfloat16 products, the system saves tiles, and it lets this process use
-// them: Linux wants to be asked, once for all threads (Documentation/arch/x86/xstate.rst).
+// True if the CPU has AMX tiles with bfloat16 products, the operating system saves the tile state at a
+// context switch, and this process has permission to use tiles. On Linux a process must request that
+// permission; one request covers all of its threads (Documentation/arch/x86/xstate.rst).
 inline bool may_use_tiles() {
 #if defined(__linux__)
   static const bool allowed = [] {
@@ -116,24 +117,24 @@ inline bool is_supported(Capability capability) {
 #endif
 }
 
-// A variant, and in one sentence why it is that one.
+// A variant, and the reason for the choice in one sentence.
 struct Choice {
   Capability capability;
   std::string reason;
 };
 
-// Whether a dot product of bfloat16 pairs takes no longer than a multiply-add of floats, so that it does
-// twice the work. By what has been measured: true on AMD's Zen 5 (440 GFLOP/s against 240 in float32); on an
-// Intel Xeon it runs at half the rate and is slower than widening to float32 (100 against 136). A CPU that
-// nobody has measured counts as slow, which costs nothing but what it could have gained. By the model and not
-// by a measurement at run time, so that every run on one machine makes the same choice and gives the same
-// bits.
+// True if the dot-product instruction for bfloat16 pairs runs at the rate of a float32 multiply-add, and so
+// does twice the work. Measurements: it does on AMD Zen 5 (440 GFLOP/s, against 240 in float32). On an Intel
+// Xeon it runs at half the rate and is slower than converting to float32 (100 GFLOP/s against 136). A CPU
+// that was not measured counts as slow, because float32 arithmetic is a safe choice everywhere. The decision
+// uses the CPU's model and not a measurement at run time, so that every run on one machine makes the same
+// choice and returns the same bits.
 inline bool has_fast_bf16_dot(const CpuModel& model) {
   return model.vendor == "AuthenticAMD" && model.family >= 0x1a;
 }
 
-// The best of the variants for which `supports` holds. bfloat16 is never given to a slower one than float32
-// has.
+// The best variant for which `supports` returns true. A main loop for bfloat16 is chosen only if it is not
+// slower than the one for float32.
 template <typename Supports>
 Choice best_choice(const Supports& supports, const CpuModel& model) {
   if (supports(Capability::Amx)) {
@@ -141,20 +142,19 @@ Choice best_choice(const Supports& supports, const CpuModel& model) {
   }
   if (supports(Capability::Avx512Bf16) && has_fast_bf16_dot(model)) {
     return {Capability::Avx512Bf16,
-            "this CPU's dot product of bfloat16 is twice as fast as its float32 arithmetic"};
+            "the bfloat16 dot product of this CPU is twice as fast as its float32 arithmetic"};
   }
   if (supports(Capability::Avx512Bf16)) {
     return {Capability::Avx512,
-            "this CPU has a dot product of bfloat16, but it is not known to be faster than float32 "
-            "arithmetic here"};
+            "this CPU has a bfloat16 dot product, but it is not known to be faster than float32 arithmetic"};
   }
-  if (supports(Capability::Avx512)) return {Capability::Avx512, "the widest vectors of this CPU"};
-  if (supports(Capability::Avx2)) return {Capability::Avx2, "the widest vectors of this CPU"};
-  return {Capability::Default, "this CPU has no variant of its own: the products are PyTorch's"};
+  if (supports(Capability::Avx512)) return {Capability::Avx512, "it uses the widest vectors of this CPU"};
+  if (supports(Capability::Avx2)) return {Capability::Avx2, "it uses the widest vectors of this CPU"};
+  return {Capability::Default, "no other variant supports this CPU, so PyTorch computes the products"};
 }
 
-// What runs: the best one, unless NEMO_EXT_CPU_CAPABILITY names another; read once, when the first operator
-// runs.
+// The variant that runs: the best one, or the one that NEMO_EXT_CPU_CAPABILITY names. The environment is read
+// once per process, when the first operator runs.
 inline const Choice& choice() {
   static const Choice chosen = [] {
     const char* wanted = std::getenv("NEMO_EXT_CPU_CAPABILITY");
@@ -163,7 +163,7 @@ inline const Choice& choice() {
     for (Capability candidate : kCapabilities) {
       if (!is_supported(candidate)) continue;
       if (std::strcmp(wanted, name_of(candidate)) == 0)
-        return Choice{candidate, "NEMO_EXT_CPU_CAPABILITY names it"};
+        return Choice{candidate, "NEMO_EXT_CPU_CAPABILITY selects it"};
       supported += std::string(supported.empty() ? "" : ", ") + name_of(candidate);
     }
     throw std::runtime_error("NEMO_EXT_CPU_CAPABILITY must be one that this CPU supports (" + supported +

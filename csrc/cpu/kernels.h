@@ -1,10 +1,10 @@
-// All kernels of one variant, compiled for its target. A translation unit sets the macros that vectors.h
-// names and
-//   NEMO_EXT_TARGET   instruction sets, as the compiler names them; without it the compiler's baseline
-//   NEMO_EXT_LIBRARY  the product is PyTorch's
-// and includes this file once.
+// All kernels of one variant, compiled for its target. A translation unit includes this file once, after it
+// has defined the macros that vectors.h lists and these:
+//   NEMO_EXT_TARGET   instruction sets in the compiler's notation; if undefined, the compiler's baseline
+//   NEMO_EXT_LIBRARY  if defined, PyTorch computes the matrix products
 //
-// Every header of others comes before the target: nothing but what follows may use its instructions.
+// Headers of other libraries are included before the target is set. Otherwise their inline functions could be
+// compiled with instructions that the CPU lacks.
 #pragma once
 
 #include <cstdint>
@@ -37,9 +37,9 @@ NEMO_EXT_EXPANDED_PRAGMA(GCC target(NEMO_EXT_TARGET))
 #endif
 #endif
 
-// clang-format off: each of them needs those before it
+// clang-format off: each header uses the ones before it.
 #include "csrc/cpu/vectors.h"
-#include "csrc/cpu/units.h"
+#include "csrc/cpu/words.h"
 #if defined(NEMO_EXT_LIBRARY)
 #include "csrc/cpu/main_loop_library.h"
 #include "csrc/cpu/lookahead.h"

@@ -1,4 +1,5 @@
-// Lookahead: fetches the next prompt's rows of hidden into the L2 cache while this one's are multiplied.
+// Lookahead: prefetches the next prompt's rows of hidden into the L2 cache while the main loop multiplies the
+// current prompt's rows.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
@@ -8,9 +9,9 @@ struct Lookahead {
   const char* next = nullptr;
   const char* end = nullptr;
 
-  // What to fetch during one panel of `panels`. Tiles go through a panel so fast that every panel must fetch
-  // its part; on vectors the last one has the time to fetch all, and until then the L2 cache is left to this
-  // prompt.
+  // The share of the rows that is prefetched while panel `panel` of `panels` is multiplied. With AMX tiles a
+  // panel takes so little time that each one must prefetch a share. With vectors the last panel takes long
+  // enough to prefetch all rows; until then the L2 cache is left to the current prompt.
   static Lookahead share(const float* rows, int64_t floats, int64_t panel, int64_t panels) {
     const auto* start = reinterpret_cast<const char*>(rows);
 #if defined(NEMO_EXT_TILES)

@@ -1,12 +1,12 @@
-// Panels: weight packed for the main loops of our own. For each unit of in_features, the panel's neurons lie
-// side by side, in two vectors.
+// Panels: the weight, packed for the main loops on vectors and on tiles. A panel stores, for each word of
+// in_features, that word of all its neurons side by side, in two vectors.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
 constexpr int kWidth = 2 * kLanes;  // neurons of a panel
 
 int64_t panel_size(const Projection& p) {
-  return units(p) * kWidth;
+  return words_per_row(p) * kWidth;
 }
 
 template <int... Index>
@@ -18,8 +18,8 @@ using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
 using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
 #endif
 
-// Swaps the off-diagonal blocks of every 2·Size × 2·Size square; for Size = 1, 2, 4, … this is a
-// transposition.
+// Transposes a square of kLanes × kLanes words: for Size = 1, 2, 4, …, it swaps the two off-diagonal blocks
+// of every 2·Size × 2·Size square.
 template <int Size, int... Lane>
 inline void swap_blocks(Vector (&rows)[kLanes], Lanes<Lane...> lanes) {
   if constexpr (Size < kLanes) {
@@ -42,11 +42,12 @@ inline void swap_blocks(Vector (&rows)[kLanes], Lanes<Lane...> lanes) {
   }
 }
 
-// kLanes units from `unit` on, of a row of units (source Float32), or widened from one of 16-bit elements.
+// Loads kLanes words of a row, from index `first` on. If `source` is a 16-bit type, the row holds elements of
+// that type and each is converted to a float; otherwise it holds words, which are loaded as they are.
 template <Element source>
-inline Vector load_units(const char* row, int64_t unit) {
-  if constexpr (source == Element::Float32) return load(reinterpret_cast<const float*>(row) + unit);
-  const auto* halves = reinterpret_cast<const uint16_t*>(row) + unit;
+inline Vector load_words(const char* row, int64_t first) {
+  if constexpr (source == Element::Float32) return load(reinterpret_cast<const float*>(row) + first);
+  const auto* halves = reinterpret_cast<const uint16_t*>(row) + first;
   if constexpr (source == Element::BFloat16) {
     const Halves upper = *reinterpret_cast<const UnalignedHalves*>(halves);
     return (Vector)(__builtin_convertvector(upper, Bits) << 16);
@@ -56,7 +57,7 @@ inline Vector load_units(const char* row, int64_t unit) {
   return load(floats);
 }
 
-// Transposes `count` units of kWidth rows that lie `row_bytes` apart.
+// Transposes `count` words of kWidth rows. `row_bytes` is the distance from one row to the next.
 template <Element source>
 void transpose(const char* rows, int64_t row_bytes, int64_t count, float* target) {
   constexpr int64_t kBytes = source == Element::Float32 ? 4 : 2;
@@ -65,12 +66,13 @@ void transpose(const char* rows, int64_t row_bytes, int64_t count, float* target
       Vector square[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
         const char* const row = rows + (half + lane) * row_bytes;
-        square[lane] = load_units<source>(row, i);
-        // The same place in the next panel: rows are too short for the hardware to see where they go on.
+        square[lane] = load_words<source>(row, i);
+        // Prefetch the same position of the next panel, because the rows are too short for the hardware
+        // prefetcher to detect the pattern.
         __builtin_prefetch(row + kWidth * row_bytes + i * kBytes, 0, 2);
       }
       swap_blocks<1>(square, AllLanes{});
-      for (int unit = 0; unit < kLanes; ++unit) store(target + (i + unit) * kWidth + half, square[unit]);
+      for (int word = 0; word < kLanes; ++word) store(target + (i + word) * kWidth + half, square[word]);
     }
   }
 }
@@ -79,30 +81,31 @@ void pack(const Projection& p, int64_t panel, float* packed) {
   const int64_t first_row = panel * kWidth;
   const bool whole = first_row + kWidth <= p.out_features && p.weight_strides[1] == 1;
   const auto* rows = static_cast<const char*>(offset(p, p.weight, first_row * p.weight_strides[0]));
-  int64_t done = 0;  // units
-  if (whole && is_of_units(p, p.weight, p.weight_strides[0], 1)) {
-    done = units(p) / kLanes * kLanes;
-    transpose<Element::Float32>(rows, p.weight_strides[0] * (in_pairs(p) ? 2 : 4), done, packed);
-  } else if (whole && !in_pairs(p)) {
-    done = units(p) / kLanes * kLanes;
+  int64_t done = 0;  // words of each row that are packed already
+  if (whole && can_read_as_words(p, p.weight, p.weight_strides[0], 1)) {
+    done = words_per_row(p) / kLanes * kLanes;
+    transpose<Element::Float32>(rows, p.weight_strides[0] * (multiplies_pairs(p) ? 2 : 4), done, packed);
+  } else if (whole && !multiplies_pairs(p)) {
+    done = words_per_row(p) / kLanes * kLanes;
     if (p.element == Element::BFloat16) {
       transpose<Element::BFloat16>(rows, p.weight_strides[0] * 2, done, packed);
     } else {
       transpose<Element::Float16>(rows, p.weight_strides[0] * 2, done, packed);
     }
   }
-  // What is left is copied first: rows with gaps, the last neurons, the last units.
-  constexpr int kStep = 4 * kLanes;  // units of a row that are moved at a time
+  // All else takes a detour through `copy`: strided rows, a last panel that is not full, and the last words
+  // of each row.
+  constexpr int kStep = 4 * kLanes;  // words of a row that are copied at a time
   float copy[kWidth][kStep];
-  const int64_t per_unit = in_pairs(p) ? 2 : 1;
-  for (int64_t begin = done; begin < units(p); begin += kStep) {
-    const int64_t count = units(p) - begin < kStep ? units(p) - begin : kStep;
-    const int64_t first = begin * per_unit;
-    const int64_t left = p.in_features - first < count * per_unit ? p.in_features - first : count * per_unit;
+  const int64_t per_word = multiplies_pairs(p) ? 2 : 1;
+  for (int64_t begin = done; begin < words_per_row(p); begin += kStep) {
+    const int64_t count = words_per_row(p) - begin < kStep ? words_per_row(p) - begin : kStep;
+    const int64_t first = begin * per_word;
+    const int64_t left = p.in_features - first < count * per_word ? p.in_features - first : count * per_word;
     for (int64_t lane = 0; lane < kWidth; ++lane) {
       const int64_t neuron = first_row + lane;
       if (neuron < p.out_features) {
-        copy_units(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
+        copy_words(p, offset(p, p.weight, neuron * p.weight_strides[0] + first * p.weight_strides[1]),
                    p.weight_strides[1], left, copy[lane], kStep);
       } else {
         __builtin_memset(copy[lane], 0, sizeof copy[lane]);

@@ -1,4 +1,5 @@
-// The operators on the CPU: checks, the call of the variant that runs here, running statistics.
+// The operators on the CPU: they check the arguments, run the chosen variant and update the running
+// statistics.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
   if (p.token_mask) check_mask(sizes, p.token_mask);
   run(p);
 
-  // Nothing is written to the running buffers before this has passed.
+  // This check precedes every write to the running buffers, so that an error leaves them unchanged.
   check_finite(sizes, p.activation);
   double* running_count = count.mutable_data_ptr<double>();
   double* running_mean = mean.mutable_data_ptr<double>();

@@ -1,4 +1,5 @@
-// What a variant of the CPU kernels offers to the driver (driver.h). Plain pointers, no torch.
+// The interface between a variant of the CPU kernels and the driver (driver.h). This header does not use
+// torch.
 #pragma once
 
 #include <cstdint>
@@ -9,21 +10,23 @@
 namespace nemo_ext::cpu {
 
 struct Variant {
-  int64_t panel_width;  // neurons of one panel of the packed weight
+  int64_t panel_width;  // number of neurons in a panel of the packed weight
 
-  // Floats that a panel takes, and that a thread needs besides: sums of one block of tokens, and a copy of
-  // its rows of hidden where they can't be read in place.
+  // Size of a packed panel, and size of a thread's scratch buffer, both in floats. The scratch buffer holds
+  // the accumulators of one token block and, if its rows of hidden can't be read in place, a copy of them.
   int64_t (*panel_size)(const Projection&);
   int64_t (*scratch_size)(const Projection&);
 
-  // Copies weight rows [panel · panel_width, + panel_width) into `packed`, zeros where there is no row.
+  // Packs the weight rows of panel `panel` into `packed`. Missing rows of the last panel become 0.
   void (*pack)(const Projection&, int64_t panel, float* packed);
 
-  // Values and sums over tokens of one prompt for the neurons of panels [begin, end); `packed` is of `begin`.
+  // Computes the values and the sums over tokens of one prompt, for the neurons of the panels [begin, end).
+  // `packed` points to panel `begin`.
   void (*project)(const Projection&, const float* packed, int64_t prompt, int64_t begin, int64_t end,
                   float* scratch);
 
-  // Its product is PyTorch's, which must not start threads of its own: their number would enter the result.
+  // True if PyTorch computes the matrix products. It must not start threads then, because the result could
+  // depend on their number.
   bool calls_library = false;
 };
 

@@ -2,7 +2,7 @@
 #define NEMO_EXT_VARIANT avx512_bf16
 #define NEMO_EXT_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
 #define NEMO_EXT_LANES 16
-#define NEMO_EXT_ROWS 11  // 77 tokens of a CLIP text encoder are seven tiles
+#define NEMO_EXT_ROWS 11  // the 77 tokens of a CLIP text encoder are seven register blocks
 #define NEMO_EXT_F16C
 #define NEMO_EXT_BF16_DOT
 #include "csrc/cpu/kernels.h"

@@ -1,4 +1,5 @@
-// For any CPU: the product is PyTorch's, the rest the compiler's baseline (SSE2 on x86-64, NEON on ARM).
+// This variant runs on any CPU: PyTorch computes the products, and the rest is compiled for the baseline
+// (SSE2 on x86-64, NEON on ARM).
 #define NEMO_EXT_VARIANT library
 #define NEMO_EXT_LANES 4
 #define NEMO_EXT_LIBRARY

@@ -1,14 +1,15 @@
-// Vectors of one variant, conversions of its elements, and the instructions that it asks of the CPU beyond
-// arithmetic on vectors: those of immintrin.h, or in tests csrc/emulation/cpu_instructions.h.
+// Vectors of one variant, conversions of their elements, and the instructions that need more than the
+// compiler's vector arithmetic. These come from immintrin.h, or in tests from
+// csrc/emulation/cpu_instructions.h.
 //
-// A translation unit sets its target and these macros, then includes this file:
-//   NEMO_EXT_VARIANT   namespace; everything is in it, so that the linker can merge no two variants
-//   NEMO_EXT_LANES     floats in a vector: 4, 8 or 16
-//   NEMO_EXT_F16C      the CPU converts float16
-//   NEMO_EXT_BF16_DOT  the CPU has a dot product of bfloat16 pairs
-//   NEMO_EXT_TILES     the CPU has AMX tiles
-// Nothing of the standard library is called: an inline function of it, compiled here, could be the one that a
-// CPU without the target runs.
+// A translation unit sets its target and defines these macros before it includes this file (by kernels.h):
+//   NEMO_EXT_VARIANT   the namespace of the variant, which keeps the linker from merging functions of two
+//   NEMO_EXT_LANES     number of floats in a vector: 4, 8 or 16
+//   NEMO_EXT_F16C      if defined, the CPU converts float16
+//   NEMO_EXT_BF16_DOT  if defined, the CPU has a dot product of bfloat16 pairs
+//   NEMO_EXT_TILES     if defined, the CPU has AMX tiles
+// The kernels call no function of the standard library: its inline functions would be compiled for the target
+// too, and the linker could then use them on a CPU that lacks the target's instructions.
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
@@ -30,15 +31,16 @@ inline void store(uint16_t* target, Halves halves) {
   *reinterpret_cast<UnalignedHalves*>(target) = halves;
 }
 
-// Lane by lane, because arithmetic on a unit that holds a pair could turn its bits into another NaN.
-inline Vector broadcast(float unit) {
+// Written without arithmetic, because arithmetic on a word that holds a pair could change its bits: it would
+// quiet a signaling NaN.
+inline Vector broadcast(float word) {
 #if NEMO_EXT_LANES == 16
-  return Vector{unit, unit, unit, unit, unit, unit, unit, unit,
-                unit, unit, unit, unit, unit, unit, unit, unit};
+  return Vector{word, word, word, word, word, word, word, word,
+                word, word, word, word, word, word, word, word};
 #elif NEMO_EXT_LANES == 8
-  return Vector{unit, unit, unit, unit, unit, unit, unit, unit};
+  return Vector{word, word, word, word, word, word, word, word};
 #else
-  return Vector{unit, unit, unit, unit};
+  return Vector{word, word, word, word};
 #endif
 }
 
@@ -49,7 +51,7 @@ inline float to_float(uint16_t bfloat16) {
   return value;
 }
 
-// Round to nearest even; a NaN stays one.
+// Rounds to nearest even. A NaN stays a NaN.
 inline Halves rounded_to_bfloat16(Vector values) {
   const Bits bits = (Bits)values;
   const Bits nan = (Bits)(values != values);
@@ -79,7 +81,7 @@ inline Halves to_halves(Vector values) {
 #endif
 
 #if defined(NEMO_EXT_TILES)
-// Sizes of the eight tiles, as LDTILECFG reads them.
+// Sizes of the eight tiles in the layout that LDTILECFG reads.
 struct alignas(64) TileConfig {
   uint8_t palette, start_row, reserved[14];
   uint16_t row_bytes[16];
@@ -96,7 +98,7 @@ static_assert(sizeof(TileConfig) == 64);
 
 namespace nemo_ext::cpu::NEMO_EXT_VARIANT {
 
-// The compiler makes one fused instruction of it where the target has one.
+// The compiler contracts this to one fused multiply-add if the target has it.
 inline void multiply_add(Vector& sum, Vector left, Vector right) {
   sum += left * right;
 }
@@ -119,7 +121,7 @@ inline void eight_halves_to_floats(const uint16_t* halves, float* target) {
 }
 inline Halves to_halves(Vector values) {
 #if NEMO_EXT_LANES == 16
-  // With a mask, because g++ 12 takes what its header leaves undefined for an oversight.
+  // The masked form avoids a warning of g++ 12 about an uninitialized value in its own header.
   return (Halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)values, _MM_FROUND_TO_NEAREST_INT);
 #else
   return (Halves)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
@@ -150,14 +152,13 @@ template <int Sum, int Left, int Right>
 inline void dot_tiles_bfloat16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sum), "i"(Left), "i"(Right));
 }
-// By its bytes, TDPFP16PS being younger than the assemblers in use: VEX.128.F2.0F38.W0 5C.
+// TDPFP16PS is encoded by its bytes (VEX.128.F2.0F38.W0 5C), because common assemblers do not know it yet.
 template <int Sum, int Left, int Right>
 inline void dot_tiles_float16() {
   asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1"
                :
                : "i"(0x03 | (~Right & 15) << 3), "i"(0xc0 | Sum << 3 | Left));
 }
-// Whether TDPFP16PS may be used.
 inline bool has_float16_tiles() {
   return has_amx_fp16();
 }

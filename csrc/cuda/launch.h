@@ -1,16 +1,17 @@
-// What value_projection.cu, which knows CUDA, offers to value_projection.cpp, which knows torch.
+// The launches, implemented in value_projection.cu with the CUDA runtime and without torch, for
+// value_projection.cpp, which uses torch and no CUDA header.
 #pragma once
 
 #include "csrc/cuda/plan.h"
 
 namespace nemo_ext::cuda {
 
-// Makes `device` the current one, and returns how many multiprocessors it has.
+// Makes `device` the current device, and returns its number of multiprocessors.
 int select_device(int device);
 
-// Enqueues the kernels on `stream`, a cudaStream_t, and returns without waiting. Nothing is allocated,
-// nothing synchronises: the calls can be captured into a CUDA graph. All throw std::runtime_error where CUDA
-// refuses.
+// Both enqueue a kernel on `stream`, a cudaStream_t, and return without waiting for it. They neither allocate
+// nor synchronize, so that a CUDA graph can capture them. All three functions throw std::runtime_error if
+// CUDA reports an error.
 void launch(const Projection& projection, const Plan& plan, void* stream);
 void launch(const Merge& merge, void* stream);
 

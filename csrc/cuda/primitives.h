@@ -1,8 +1,8 @@
-// The one port header: all that a kernel asks of the hardware. nvcc sees PTX; any other compiler sees
-// csrc/emulation/primitives.h, which executes the same names on the CPU. Kernels touch memory through these
-// functions only, so that the emulation can check every access.
+// Everything that a kernel asks of the hardware. nvcc compiles this file to PTX; any other compiler gets
+// csrc/emulation/primitives.h instead, which executes the same functions on the CPU. Kernels access memory
+// only through these functions, so that the emulation can check every access.
 //
-// Shared memory is addressed by byte offset from the start of the block's dynamic shared memory.
+// An address in shared memory is a byte offset from the start of the block's dynamic shared memory.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace nemo_ext::cuda {
 
 constexpr int kWarpSize = 32;
 
-// Element types as bits: the same struct for nvcc and for the emulation.
+// Element types as plain bits, so that nvcc and the emulation use the same structs.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -19,7 +19,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// What one lane loads or stores at a time; never aligned to less than its size.
+// Several elements that a lane loads or stores at a time. They are aligned to their total size.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T data[kCount];
@@ -30,7 +30,7 @@ struct alignas(sizeof(T) * kCount) Vector {
 #if defined(__CUDACC__)
 
 #define NEMO_EXT_DEVICE __device__ __forceinline__
-// `blocks` of `threads` shall fit on one multiprocessor: the register budget follows from it.
+// The compiler limits registers so that `blocks` blocks of `threads` threads fit on one multiprocessor.
 #define NEMO_EXT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace nemo_ext::cuda {
@@ -68,6 +68,27 @@ template <typename T>
 NEMO_EXT_DEVICE void store_global(T* target, T value) {
   *target = value;
 }
+// Stores a Vector by one instruction. The compiler splits an assignment into its elements, and does not
+// always put them together again.
+template <typename T, int kCount>
+NEMO_EXT_DEVICE void store_global(Vector<T, kCount>* target, Vector<T, kCount> value) {
+  constexpr int kWords = sizeof(value) / 4;
+  static_assert(kWords == 2 || kWords == 4);
+  uint32_t words[kWords];
+  __builtin_memcpy(words, &value, sizeof(value));
+  if constexpr (kWords == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};"
+                 :
+                 : "l"(__cvta_generic_to_global(target)), "r"(words[0]), "r"(words[1])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(target)), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                   "r"(words[3])
+                 : "memory");
+  }
+}
 NEMO_EXT_DEVICE void atomic_or_global(int* target, int bits) {
   atomicOr(target, bits);
 }
@@ -89,8 +110,8 @@ NEMO_EXT_DEVICE uint32_t shared_address(uint32_t offset) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory())) + offset;
 }
 
-// Copies 16 bytes, or writes 16 zeros where the source does not exist; it is not read then. Both sides are
-// aligned to 16. Lands at the latest at the wait for its group.
+// Copies 16 bytes asynchronously, or writes 16 zeros, without reading the source, if it does not exist. Both
+// addresses are multiples of 16. The copy has landed after the wait for its group at the latest.
 NEMO_EXT_DEVICE void copy_async_16(uint32_t offset, const void* source, bool exists) {
   asm volatile(
       "{ .reg .pred ignored; setp.eq.u32 ignored, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, ignored; }"
@@ -98,18 +119,19 @@ NEMO_EXT_DEVICE void copy_async_16(uint32_t offset, const void* source, bool exi
       : "r"(shared_address(offset)), "l"(__cvta_generic_to_global(source)), "r"(static_cast<uint32_t>(exists))
       : "memory");
 }
-// Closes the group of this thread's copies since the last call.
+// Makes a group of the copies that this thread has begun since the last call.
 NEMO_EXT_DEVICE void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most kPending of this thread's groups, the latest, are under way.
+// Waits until at most the latest kPending of this thread's groups are still pending.
 template <int kPending>
 NEMO_EXT_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8×8 matrices of 16-bit words (or 8×4 of 32-bit words) whose rows are 16 bytes: lane l names row l % 8
-// of matrix l / 8, and gets of each matrix 4 bytes: of row l / 4, word l % 4. PTX ISA, "ldmatrix".
+// Loads four matrices of 8 rows of 16 bytes, which hold 8 words of 16 bits or 4 of 32 bits. Lane l passes the
+// address of row l % 8 of matrix l / 8, and receives 4 bytes of each matrix: the (l % 4)-th of row l / 4. See
+// PTX ISA, "ldmatrix".
 NEMO_EXT_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t row_offset) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -117,31 +139,33 @@ NEMO_EXT_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t row_offset) {
                : "memory");
 }
 
-// sum += left · right with left 16×16, right 16×8; fragments as in PTX ISA, "mma.m16n8k16".
-NEMO_EXT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
-                                  uint32_t right1, BFloat16) {
+// accumulators += A · B, with A of 16 × 16 elements and B of 16 × 8. PTX ISA describes the fragments under
+// "mma.m16n8k16".
+NEMO_EXT_DEVICE void multiply_add(float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                  BFloat16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+      : "+f"(accumulators[0]), "+f"(accumulators[1]), "+f"(accumulators[2]), "+f"(accumulators[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-NEMO_EXT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
-                                  uint32_t right1, Float16) {
+NEMO_EXT_DEVICE void multiply_add(float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                  Float16) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+      : "+f"(accumulators[0]), "+f"(accumulators[1]), "+f"(accumulators[2]), "+f"(accumulators[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// The same with left 16×8, right 8×8 in tf32 (float32 bits whose low 13 are ignored); "mma.m16n8k8".
-NEMO_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
-                                       uint32_t right1) {
+// The same with A of 16 × 8 and B of 8 × 8 elements in tf32, which is float32 without its low 13 bits: mma
+// ignores them. See "mma.m16n8k8".
+NEMO_EXT_DEVICE void multiply_add_tf32(float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+      : "+f"(accumulators[0]), "+f"(accumulators[1]), "+f"(accumulators[2]), "+f"(accumulators[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 NEMO_EXT_DEVICE float as_float(uint32_t bits) {
@@ -162,7 +186,7 @@ NEMO_EXT_DEVICE float to_float(Float16 value) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
   return result;
 }
-// Rounds to nearest, ties to even.
+// from_float rounds to the nearest number, and ties to the even one.
 NEMO_EXT_DEVICE void from_float(float& target, float value) {
   target = value;
 }
@@ -190,7 +214,7 @@ NEMO_EXT_DEVICE float absolute(float value) {
 
 namespace nemo_ext::cuda {
 
-// The compiler moves no load or store past it.
+// Keeps the compiler from moving loads and stores past this point.
 NEMO_EXT_DEVICE void keep_order() {
   asm volatile("" ::: "memory");
 }

@@ -1,6 +1,7 @@
-// The CUDA implementations of the operators: checks, workspace, the current stream. Nothing here waits for
-// the GPU, so what can only be known from data (a prompt without a token, an activation that is not finite)
-// is no exception here: the activation shows it, and the running statistics stay as they were.
+// The operators on CUDA: they check the arguments, allocate results and workspace, and launch the kernels on
+// the current stream. Nothing here waits for the GPU, so that errors in the data (a prompt without a token,
+// an activation that is not finite) raise no exception: the activation shows them, and the running statistics
+// stay unchanged.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -20,7 +21,7 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 using torch::stable::accelerator::getCurrentStream;
 
-// The GPU of the tensors, made the current one as long as this lives, and its current stream.
+// The GPU of the tensors, which is the current device as long as the object lives, and its current stream.
 class Device {
  public:
   explicit Device(const Tensor& hidden)
@@ -35,13 +36,13 @@ class Device {
   int multiprocessors_;
 };
 
-// The kernels count prompts, tokens, features, neurons and 80-row pieces of prompts in 32 bits.
+// The kernels count prompts, tokens, features and token tiles in 32 bits.
 void check_size(const Sizes& sizes) {
   constexpr int64_t kMost = int64_t(1) << 30;
-  const int64_t pieces = ceil_divide(sizes.tokens, kSlotRows);
+  const int64_t tiles = ceil_divide(sizes.tokens, kTileTokens);
   if (sizes.tokens > kMost || sizes.in_features > kMost || sizes.batch > kMost ||
-      (pieces > 0 && sizes.batch > kMost / pieces)) {
-    fail("hidden must have at most 2**30 tokens, features, and pieces of ", kSlotRows,
+      (tiles > 0 && sizes.batch > kMost / tiles)) {
+    fail("hidden must have at most 2**30 tokens, features, and tiles of ", kTileTokens,
          " tokens on CUDA, got [", sizes.batch, ", ", sizes.tokens, ", ", sizes.in_features, "]");
   }
 }
@@ -55,7 +56,7 @@ Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::o
   want_values(call, hidden);
   const Projection p{call.projection};
   const Plan layout = plan(p, device.multiprocessors());
-  if (layout.groups > 0 && sizes.out_features > 0) launch(p, layout, device.stream());
+  if (layout.grid_y > 0 && sizes.out_features > 0) launch(p, layout, device.stream());
   return *call.values;
 }
 
@@ -69,7 +70,7 @@ Tensor value_projection_scale_gradient(const Tensor& gradient, const Tensor& hid
   want_scale_gradient(call, hidden, gradient);
   const Projection p{call.projection};
   const Plan layout = plan(p, device.multiprocessors());
-  if (layout.groups > 0 && sizes.out_features > 0 && sizes.tokens > 0) launch(p, layout, device.stream());
+  if (layout.grid_y > 0 && sizes.out_features > 0 && sizes.tokens > 0) launch(p, layout, device.stream());
   return *call.scale_gradient;
 }
 
@@ -90,8 +91,9 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
   Projection p{call.projection};
   p.count = count.const_data_ptr<double>();
   Plan layout = plan(p, device.multiprocessors());
-  if (layout.groups > 0) {
-    // From torch's allocator, which reuses them in stream order: they may go before the kernels have run.
+  if (layout.grid_y > 0) {
+    // torch's allocator reuses memory in stream order, so that these tensors may be freed before the kernels
+    // run.
     const Tensor partials =
         torch::stable::new_empty(hidden, {2, layout.partials, sizes.out_features}, ScalarType::Float);
     const Tensor count_before = torch::stable::new_empty(hidden, {1}, ScalarType::Double);

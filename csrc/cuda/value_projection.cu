@@ -1,4 +1,4 @@
-// Launches of the kernels. Free of torch, so that nvcc compiles little besides them.
+// Launches the kernels. This file includes no torch header, so that nvcc has little else to compile.
 
 #include <cuda_runtime.h>
 
@@ -13,11 +13,11 @@ namespace {
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next call would report it once more
+  cudaGetLastError();  // clears the error, which the next call would report again
   throw std::runtime_error(std::string("nemo_ext could not ") + what + ": " + cudaGetErrorString(status));
 }
 
-// CUDA takes kernel arguments as an array of pointers to them.
+// cudaLaunchKernel takes an array of pointers to the kernel's arguments.
 template <typename Argument>
 void launch_kernel(void (*kernel)(Argument), dim3 grid, int threads, int shared_bytes, void* stream,
                    Argument argument) {
@@ -33,7 +33,7 @@ int select_device(int device) {
   check(cudaSetDevice(device), "select the GPU");
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "ask for the GPU's size");
+        "ask for the GPU's number of multiprocessors");
   return multiprocessors;
 }
 
@@ -42,12 +42,12 @@ void launch(const Projection& projection, const Plan& plan, void* stream) {
     check(cudaMemsetAsync(projection.not_finite, 0, sizeof(int), static_cast<cudaStream_t>(stream)),
           "clear its workspace");
   }
-  with_tile(projection.element, plan.shape, [&](auto tile) {
+  with_block_tile(projection.element, plan.shape, [&](auto tile) {
     using T = decltype(tile);
-    // More than 48 KB has to be asked for, on every device anew.
+    // A kernel must ask for more than 48 KiB of shared memory, on every device anew.
     check(cudaFuncSetAttribute(project<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes),
           "reserve shared memory");
-    const dim3 grid(static_cast<unsigned>(plan.column_blocks), static_cast<unsigned>(plan.groups));
+    const dim3 grid(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
     launch_kernel(project<T>, grid, T::kThreads, T::kSharedBytes, stream, projection);
   });
 }

@@ -1,6 +1,6 @@
-// The instructions of csrc/cpu/vectors.h for any CPU, by the pseudocode of Intel's Software Developer's
-// Manual: so that tests execute the variants that this machine lacks. Included by vectors.h where
-// NEMO_EXT_EMULATED is set.
+// The instructions of csrc/cpu/vectors.h for any CPU, so that tests execute the variants that this machine
+// lacks. They follow the pseudocode of Intel's Software Developer's Manual. vectors.h includes this file if
+// NEMO_EXT_EMULATED is defined.
 
 #include <cstring>
 #include <stdexcept>
@@ -13,7 +13,7 @@ namespace nemo_ext::emulation {
 // Whether the emulated CPU has TDPFP16PS; set by csrc/emulation/cpu.cpp.
 extern thread_local bool has_float16_tiles;
 
-// Dot products of bfloat16 take subnormal numbers for zero, and make zeros of subnormal results.
+// Dot products of bfloat16 treat subnormal operands as zeros, and replace subnormal results by zeros.
 inline float flushed(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -48,7 +48,7 @@ inline void multiply_add(Vector& sum, Vector left, Vector right) {
 }
 
 #if defined(NEMO_EXT_BF16_DOT)
-// VDPBF16PS: the upper products first.
+// VDPBF16PS adds the product of the upper halves first.
 inline void dot_pairs(Vector& sum, Vector left, Vector right) {
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int half : {1, 0}) {
@@ -57,7 +57,7 @@ inline void dot_pairs(Vector& sum, Vector left, Vector right) {
     }
   }
 }
-// VCVTNEPS2BF16: NaN keeps its upper bits, subnormal numbers become zeros.
+// VCVTNEPS2BF16 keeps the upper bits of a NaN, and replaces subnormal numbers by zeros.
 inline Halves to_bfloat16(Vector values) {
   for (int lane = 0; lane < kLanes; ++lane) values[lane] = emulation::flushed(values[lane]);
   const Halves quiet = __builtin_convertvector((Bits)values >> 16 | 0x40, Halves);
@@ -90,7 +90,7 @@ inline void configure_tiles(const TileConfig& config) {
   for (int i = 0; i < 16; ++i) {
     const bool used = i < 8;
     if (config.row_bytes[i] > (used ? 64 : 0) || config.rows[i] > (used ? 16 : 0) || config.row_bytes[i] % 4)
-      tile_fault("LDTILECFG", "tile " + std::to_string(i) + " is too large, or of no whole words");
+      tile_fault("LDTILECFG", "tile " + std::to_string(i) + " is too large, or its rows are no whole words");
     if (used) tiles[i] = Tile{config.rows[i], config.row_bytes[i], {}};
   }
   tiles_are_configured = true;
@@ -117,8 +117,8 @@ inline void store_tile(void* rows, int64_t stride_bytes) {
     std::memcpy(static_cast<char*>(rows) + row * stride_bytes, tile.words[row], tile.row_bytes);
 }
 
-// TDPBF16PS and TDPFP16PS: the lower and the upper products of all pairs are summed apart, from 0; then both
-// sums are added, and their sum to the tile.
+// TDPBF16PS and TDPFP16PS sum the products of the lower halves and those of the upper halves separately, from
+// 0. Then they add the two sums, and the result to the tile.
 template <int Sum, int Left, int Right>
 inline void dot_tiles(const char* instruction, float (*half_of)(float, int)) {
   Tile& sum = configured(instruction, Sum);

@@ -27,8 +27,8 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// Switching stacks takes a few instructions on x86-64. Elsewhere, and where NEMO_EXT_UCONTEXT asks for it,
-// the C library does it, with a system call each time.
+// On x86-64 a few instructions switch stacks. Elsewhere, or if NEMO_EXT_UCONTEXT is defined, the C library
+// does, with a system call for each switch.
 #if defined(__x86_64__) && defined(__ELF__) && !defined(NEMO_EXT_UCONTEXT)
 #define NEMO_EXT_FAST_SWITCH
 asm(R"(
@@ -54,7 +54,8 @@ nemo_ext_switch_stacks:
   ret
 .size nemo_ext_switch_stacks, . - nemo_ext_switch_stacks
 )");
-// Pushes what a call must preserve, notes in `from` where it lies, and goes on with what `to` noted.
+// Pushes the registers that a call must preserve, stores the stack pointer in `from`, and continues on the
+// stack `to` in the same way.
 extern "C" void nemo_ext_switch_stacks(void** from, void* to);
 #else
 #include <ucontext.h>
@@ -66,16 +67,16 @@ namespace {
 constexpr int kWarpSize = cuda::kWarpSize;
 constexpr uint32_t kAllLanes = 0xffffffff;
 
-// What no launch exceeds on the hardware.
+// Limits of the hardware for a launch.
 constexpr int kMostThreads = 1024;
 constexpr int kMostSharedBytes = 227 * 1024;
 constexpr int64_t kMostBlocksX = 0x7fffffff;
 constexpr int64_t kMostBlocksY = 0xffff;
 
-// Of one thread, at a time; only the emulation has this limit.
+// The number of pending copies of one thread. Only the emulation has this limit.
 constexpr int kMostCopies = 512;
 
-// A page of it is a guard. Only what is touched costs memory.
+// Each stack has a guard page. Pages that are not touched take no memory.
 constexpr size_t kStackBytes = 256 * 1024;
 
 class Mapping {
@@ -96,7 +97,7 @@ class Mapping {
   unsigned char* begin_;
 };
 
-// What runs on a stack of its own: a CUDA thread, or the caller of `run`.
+// A flow of control with its own stack: a CUDA thread, or the caller of `run`.
 struct Fiber {
 #if defined(NEMO_EXT_FAST_SWITCH)
   void* stack_pointer = nullptr;
@@ -105,8 +106,8 @@ struct Fiber {
 #endif
   const void* stack = nullptr;
   size_t stack_bytes = 0;
-  void* fake_stack = nullptr;         // AddressSanitizer's
-  void* sanitizers_thread = nullptr;  // ThreadSanitizer's
+  void* fake_stack = nullptr;         // for AddressSanitizer
+  void* sanitizers_thread = nullptr;  // for ThreadSanitizer
 };
 
 enum class Operation {
@@ -135,59 +136,61 @@ struct Thread {
   Fiber fiber;
   int index = 0;
 
-  Operation operation;  // that it waits at
+  Operation operation;  // the one that it waits in
   Where where;
 
-  // What it brings to that operation, and then what it gets.
+  // Operands of that operation, and then its results.
   uint64_t bits;
   int mask;
-  uint32_t words[4], right[2];
-  float sum[4];
+  uint32_t words[4];  // a row of 16 bytes, or the A fragment of multiply_add
+  uint32_t b[2];      // the B fragment
+  float accumulators[4];
 
-  // Copies under way: a ring in machine.copies.
+  // Pending copies, a ring buffer in machine.copies.
   int oldest_copy, copy_count;
   int64_t committed_groups;
 };
 
-// A bit for every lane.
+// The states of a warp's lanes, one bit for each lane.
 struct Warp {
   uint32_t ready = 0, waiting = 0, finished = 0;
   int64_t meetings = 0;
 };
 
-// Addresses that stand for what ThreadSanitizer shall take as order: of a block's barriers and of its warps'.
-// In turns of two, for a thread may arrive at a barrier before another has left the one before.
+// Addresses that represent the barriers of a block and of its warps to ThreadSanitizer. Barriers alternate
+// between two addresses, because a thread may arrive at one barrier before another has left the previous one.
 struct Orders {
   int64_t block[2];
   int64_t warps[kMostThreads / kWarpSize][2];
 };
 
 struct Machine {
-  // Of the launch.
+  // State of the launch.
   const std::vector<Range>* ranges;
-  const std::function<void()>* kernel = nullptr;  // null: none is running
+  const std::function<void()>* kernel = nullptr;  // null if none is running
   Launch launch;
   uint64_t random;
   std::string error;
   Fiber caller;
-  int64_t launch_end;          // stands for an order too
-  int64_t bank_conflicts = 0;  // of all launches
-  // Kept until the launch ends: ThreadSanitizer would take the next block's threads for those that it
-  // replaces.
+  int64_t launch_end;          // represents the end of the launch to ThreadSanitizer
+  int64_t bank_conflicts = 0;  // in all launches
+  // Kept until the launch ends. Otherwise ThreadSanitizer would take the next block's threads for the threads
+  // of this one.
   std::vector<void*> sanitizers_threads;
 
-  // Of the block.
+  // State of the block.
   int64_t block_x, block_y;
   std::array<Warp, kMostThreads / kWarpSize> warps;
   int warp_count, at_barrier, finished;
   int64_t barriers;
-  Thread* current;  // null: the caller
-  std::vector<std::unique_ptr<Orders>>
-      orders;  // of all blocks until the launch ends: no address stands for two
+  Thread* current;  // null for the caller
+  // Of all blocks, until the launch ends, so that no address represents barriers of two blocks.
+  std::vector<std::unique_ptr<Orders>> orders;
 
-  // Kept from launch to launch, but for ThreadSanitizer from block to block only: no address may seem shared.
+  // Kept for the next launch. Under ThreadSanitizer stacks and shared memory are allocated anew for every
+  // block, because blocks would otherwise seem to share them.
   std::vector<Thread> threads;
-  // An array for every thread: memory that fibers allocated would seem shared, too.
+  // An array for every thread. ThreadSanitizer would take memory that fibers allocate for shared, too.
   std::vector<std::array<QueuedCopy, kMostCopies>> copies;
   std::unique_ptr<Mapping> stacks, shared;
   int stack_count = 0;
@@ -213,13 +216,13 @@ std::string name_of(Where where) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
-// Reaches the caller of `run` by way of run_thread.
+// run_thread passes the exception on to the caller of `run`.
 [[noreturn]] void fail(const char* operation, Where where, const std::string& what) {
   throw std::runtime_error(std::string(operation) + " by " + name_of(*machine.current) + " at " +
                            name_of(where) + ": " + what);
 }
 
-// The first thread whose bit is set.
+// Returns the first thread whose bit is set.
 const Thread& first(uint32_t Warp::* lanes) {
   int warp = 0;
   while (machine.warps[warp].*lanes == 0) ++warp;
@@ -243,7 +246,7 @@ void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
 #endif
 }
 
-// The thread whose turn it is, or null where none can go on.
+// Returns the next thread in the launch's order that is ready, or null if there is none.
 Thread* next_thread() {
   int warp = 0, lane = 0;
   const auto is_idle = [&](int candidate) { return machine.warps[candidate].ready == 0; };
@@ -271,7 +274,7 @@ Thread* next_thread() {
   return &machine.threads[warp * kWarpSize + lane];
 }
 
-// Leaves the running thread, which waits or (`for_good`) has ended, for the one whose turn it is, or for the
+// Switches from the running thread, which waits or (`for_good`) has ended, to the next thread or to the
 // caller.
 void pass_on(bool for_good) {
   Thread* from = machine.current;
@@ -281,10 +284,10 @@ void pass_on(bool for_good) {
   switch_fibers(from->fiber, to ? to->fiber : machine.caller, for_good);
 }
 
-// What a fiber does.
+// The function that a fiber executes.
 void run_thread() {
 #if defined(__SANITIZE_ADDRESS__)
-  // The first one to run comes straight from the caller, and learns of its stack.
+  // The first fiber to run is entered from the caller, and learns the bounds of the caller's stack.
   Fiber ignored;
   Fiber& from = machine.caller.stack ? ignored : machine.caller;
   __sanitizer_finish_switch_fiber(nullptr, &from.stack, &from.stack_bytes);
@@ -315,7 +318,7 @@ void prepare_fiber(Fiber& fiber, unsigned char* stack, size_t bytes) {
   fiber.stack_bytes = bytes;
 #if defined(NEMO_EXT_FAST_SWITCH)
   void** top = reinterpret_cast<void**>(stack + bytes);
-  *--top = nullptr;  // where run_thread would return to; aligns the stack as after a call
+  *--top = nullptr;  // the return address of run_thread, which aligns the stack as a call does
   *--top = reinterpret_cast<void*>(&run_thread);
   for (int preserved = 0; preserved < 6; ++preserved) *--top = nullptr;
   fiber.stack_pointer = top;
@@ -326,7 +329,7 @@ void prepare_fiber(Fiber& fiber, unsigned char* stack, size_t bytes) {
   makecontext(&fiber.context, &run_thread, 0);
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  // A thread that ended, or was given up after an error, left its frames' red zones behind.
+  // A thread that has ended, or was abandoned after an error, has left the red zones of its frames behind.
   __asan_unpoison_memory_region(stack, bytes);
 #endif
 #if defined(NEMO_EXT_THREAD_SANITIZER)
@@ -368,7 +371,7 @@ void run_block(int64_t x, int64_t y) {
     thread.index = i;
     thread.oldest_copy = thread.copy_count = 0;
     thread.committed_groups = 0;
-    // Not all stacks begin at the same place of a page, for the caches hold few such lines at a time.
+    // Stacks begin at different places of a page, because a cache holds few lines with the same place.
     const size_t unused = i % 64 * 576;
     prepare_fiber(thread.fiber, machine.stacks->begin() + i * kStackBytes, kStackBytes - unused);
   }
@@ -382,20 +385,21 @@ float towards_zero(double number) {
   return cuda::as_float(cuda::as_bits(nearest) - is_farther);
 }
 
-// PTX ISA, "mma.m16n8k16" (kDepth 16, two elements a word) and "mma.m16n8k8" of tf32: the rows of left and of
-// sum that a lane holds are lane / 4 and that plus 8, its column of right lane / 4.
+// Multiplies as PTX ISA describes it under "mma.m16n8k16" (kDepth 16, two elements per word) and, for tf32,
+// "mma.m16n8k8". A lane holds rows lane / 4 and lane / 4 + 8 of A and of the accumulators, and column lane /
+// 4 of B.
 template <int kDepth, typename ToDouble>
 void multiply_warp(Thread* lanes, ToDouble to_double) {
   constexpr int kPacked = kDepth / 8;
-  double left[16][kDepth], right[kDepth][8];
+  double a[16][kDepth], b[kDepth][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const int row = lane / 4, column = lane % 4 * kPacked;
     for (int i = 0; i < kPacked; ++i) {
       for (int word = 0; word < 4; ++word) {
-        left[row + word % 2 * 8][column + word / 2 * kDepth / 2 + i] = to_double(lanes[lane].words[word], i);
+        a[row + word % 2 * 8][column + word / 2 * kDepth / 2 + i] = to_double(lanes[lane].words[word], i);
       }
       for (int word = 0; word < 2; ++word) {
-        right[column + word * kDepth / 2 + i][row] = to_double(lanes[lane].right[word], i);
+        b[column + word * kDepth / 2 + i][row] = to_double(lanes[lane].b[word], i);
       }
     }
   }
@@ -403,20 +407,20 @@ void multiply_warp(Thread* lanes, ToDouble to_double) {
     double sum[8];
 #pragma GCC unroll 8
     for (int column = 0; column < 8; ++column) {
-      sum[column] = lanes[row % 8 * 4 + column / 2].sum[row / 8 * 2 + column % 2];
+      sum[column] = lanes[row % 8 * 4 + column / 2].accumulators[row / 8 * 2 + column % 2];
     }
     for (int k = 0; k < kDepth; ++k) {
 #pragma GCC unroll 8
-      for (int column = 0; column < 8; ++column) sum[column] += left[row][k] * right[k][column];
+      for (int column = 0; column < 8; ++column) sum[column] += a[row][k] * b[k][column];
     }
 #pragma GCC unroll 8
     for (int column = 0; column < 8; ++column) {
-      lanes[row % 8 * 4 + column / 2].sum[row / 8 * 2 + column % 2] = towards_zero(sum[column]);
+      lanes[row % 8 * 4 + column / 2].accumulators[row / 8 * 2 + column % 2] = towards_zero(sum[column]);
     }
   }
 }
 
-// The rows of a matrix are read at once where they lie in different 16 of the banks' 128 bytes.
+// Rows of 16 bytes are read in one pass if they lie in different eighths of the banks' 128 bytes.
 int64_t conflicts_of_matrices(const Thread* lanes) {
   int64_t conflicts = 0;
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -431,7 +435,7 @@ int64_t conflicts_of_matrices(const Thread* lanes) {
   return conflicts;
 }
 
-// What all lanes of a warp do together, once the last has come.
+// Executes an operation of a warp, once all of its lanes have come to it.
 void complete(Operation operation, Thread* lanes) {
   if (operation == Operation::ShuffleXor) {
     uint64_t given[kWarpSize];
@@ -459,7 +463,7 @@ void complete(Operation operation, Thread* lanes) {
   }
 }
 
-// Waits until all threads of the block (sync_threads) or of the warp have come to `operation`.
+// Waits until all threads of the block (for SyncThreads) or of the warp have come to `operation`.
 void meet(Operation operation, Where where) {
   Thread& thread = *machine.current;
   const int warp_index = thread.index / kWarpSize;
@@ -507,7 +511,7 @@ void meet(Operation operation, Where where) {
 #endif
 }
 
-// Of global memory: how far into which buffer, and how large that is.
+// Describes an address in global memory: the nearest buffer, its size, and the offset from its start.
 std::string describe(const void* address, int bytes) {
   const auto begin = reinterpret_cast<intptr_t>(address);
   std::string nearest = ", near no buffer";
@@ -588,7 +592,8 @@ void check_global(const char* access, const void* address, int bytes, int alignm
   }
   if (bytes == 0) return;
   for (const Range& range : *machine.ranges) {
-    const uintptr_t offset = begin - reinterpret_cast<uintptr_t>(range.begin);  // huge where it begins before
+    // The offset is huge if the access begins before the range.
+    const uintptr_t offset = begin - reinterpret_cast<uintptr_t>(range.begin);
     if (offset >= range.bytes || size_t(bytes) > range.bytes - offset) continue;
     if (write && !range.writable) fail(access, where, describe(address, bytes) + ": read-only");
     return;
@@ -637,24 +642,24 @@ void load_matrices(uint32_t (&words)[4], uint32_t row_offset, Where where) {
   std::copy_n(thread.words, 4, words);
 }
 
-void multiply_add(Product product, float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
-                  uint32_t right1, Where where) {
+void multiply_add(Product product, float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  Where where) {
   Thread& thread = *machine.current;
-  std::copy_n(sum, 4, thread.sum);
-  std::copy_n(left, 4, thread.words);
-  thread.right[0] = right0;
-  thread.right[1] = right1;
+  std::copy_n(accumulators, 4, thread.accumulators);
+  std::copy_n(a, 4, thread.words);
+  thread.b[0] = b0;
+  thread.b[1] = b1;
   meet(product == Product::BFloat16  ? Operation::MultiplyAddBFloat16
        : product == Product::Float16 ? Operation::MultiplyAddFloat16
                                      : Operation::MultiplyAddTf32,
        where);
-  std::copy_n(thread.sum, 4, sum);
+  std::copy_n(thread.accumulators, 4, accumulators);
 }
 
 void begin_copy(const Copy& copy, Where where) {
   Thread& thread = *machine.current;
   if (thread.copy_count == kMostCopies)
-    fail("copy_async_16", where, "more copies under way than can be emulated");
+    fail("copy_async_16", where, "more pending copies than can be emulated");
   machine.copies[thread.index][(thread.oldest_copy + thread.copy_count++) % kMostCopies] = {
       copy, thread.committed_groups};
 }

@@ -1,4 +1,4 @@
-// The emulated kernels of CUDA and of the CPU's variants, over NumPy arrays, for the tests. Free of torch.
+// A Python module for the tests, without torch: the emulated CUDA kernels and CPU variants on NumPy arrays.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -9,8 +9,8 @@
 #include <string>
 
 #include "csrc/emulation/cpu.h"
-#include "csrc/emulation/probes.h"
 #include "csrc/emulation/projection.h"
+#include "csrc/emulation/self_tests.h"
 
 namespace py = pybind11;
 
@@ -27,10 +27,10 @@ emulation::Order order_of(const std::string& name) {
 
 using Words = py::array_t<uint32_t, py::array::c_style>;
 
-void run_probe(const std::string& name, const Words& input, Words& output, int64_t blocks,
-               const std::string& order, uint64_t seed) {
-  emulation::run_probe(name, input.data(), input.size(), output.mutable_data(), output.size(), blocks,
-                       order_of(order), seed);
+void run_self_test(const std::string& name, const Words& input, Words& output, int64_t blocks,
+                   const std::string& order, uint64_t seed) {
+  emulation::run_self_test(name, input.data(), input.size(), output.mutable_data(), output.size(), blocks,
+                           order_of(order), seed);
 }
 
 nemo_ext::Element element_of(const std::string& name) {
@@ -49,7 +49,7 @@ std::optional<nemo_ext::cuda::Shape> shape_of(const std::optional<std::string>& 
   throw std::runtime_error("shape must be wide, medium, narrow, strided or None, got " + *name);
 }
 
-// Null for None.
+// Returns null for None.
 void* data_of(const py::object& object, const char* name, int64_t size, int element_bytes) {
   if (object.is_none()) return nullptr;
   const auto array = py::cast<py::array>(object);
@@ -61,7 +61,8 @@ void* data_of(const py::object& object, const char* name, int64_t size, int elem
   return const_cast<void*>(array.data());
 }
 
-// Operands and results of one call: None where there is none. Results are written into their arrays.
+// Makes a Projection of the operands and results of one call, each None if the call has none. The kernels
+// write results into the arrays that are passed.
 nemo_ext::Projection projection_of(const std::string& element, const py::array& hidden,
                                    const py::array& weight, const py::object& bias, const py::object& scale,
                                    const py::object& token_mask, const py::object& gradient,
@@ -98,7 +99,7 @@ nemo_ext::Projection projection_of(const std::string& element, const py::array& 
   return p;
 }
 
-// The CUDA kernels.
+// Runs the CUDA kernels.
 void project(const std::string& element, const py::array& hidden, const py::array& weight,
              const py::object& bias, const py::object& scale, const py::object& token_mask,
              const py::object& gradient, const py::object& values, const py::object& activation,
@@ -113,7 +114,7 @@ void project(const std::string& element, const py::array& hidden, const py::arra
   emulation::project(p, running, multiprocessors, shape_of(shape), order_of(order), seed);
 }
 
-// A variant of the CPU kernels; it keeps no running statistics.
+// Runs a variant of the CPU kernels, which keep no running statistics.
 void project_on_cpu(const std::string& element, const py::array& hidden, const py::array& weight,
                     const py::object& bias, const py::object& scale, const py::object& token_mask,
                     const py::object& gradient, const py::object& values, const py::object& activation,
@@ -124,14 +125,16 @@ void project_on_cpu(const std::string& element, const py::array& hidden, const p
 }
 
 py::dict tile(const std::string& element, const std::string& shape) {
-  return nemo_ext::cuda::with_tile(element_of(element), *shape_of(shape), [](auto tile) {
+  const nemo_ext::cuda::Shape of_shape = *shape_of(shape);
+  return nemo_ext::cuda::with_block_tile(element_of(element), of_shape, [&](auto tile) {
     using T = decltype(tile);
     py::dict facts;
     facts["threads"] = T::kThreads;
-    facts["rows"] = T::kRows;
-    facts["columns"] = T::kColumns;
+    facts["tokens"] = T::kTokens;
+    facts["neurons"] = T::kNeurons;
     facts["blocks"] = T::kBlocks;
     facts["shared_bytes"] = T::kSharedBytes;
+    facts["cost_per_value"] = nemo_ext::cuda::cost_per_value(of_shape);
     return facts;
   });
 }
@@ -140,7 +143,7 @@ py::dict tile(const std::string& element, const std::string& shape) {
 
 PYBIND11_MODULE(_emulation, module) {
   module.doc() = "nemo_ext's CUDA kernels and all variants of its CPU kernels, executed on this CPU.";
-  module.def("run_probe", &run_probe, py::arg("name"), py::arg("input").noconvert(),
+  module.def("run_self_test", &run_self_test, py::arg("name"), py::arg("input").noconvert(),
              py::arg("output").noconvert(), py::arg("blocks") = 1, py::arg("order") = "forward",
              py::arg("seed") = 0);
   module.def("tile", &tile, py::arg("element"), py::arg("shape"));

@@ -1,7 +1,7 @@
-// The names of csrc/cuda/primitives.h for any compiler but nvcc, executed by csrc/emulation/emulator.cpp.
+// The functions of csrc/cuda/primitives.h for any compiler but nvcc, executed by csrc/emulation/emulator.cpp.
 //
-// Every access to memory is checked first and then made here, inlined into the kernel, where sanitizers see
-// it.
+// Every access to memory is first checked by the emulator and then made here. This code is inlined into the
+// kernel, so that sanitizers instrument it.
 #pragma once
 
 #include <bit>
@@ -18,8 +18,8 @@ namespace nemo_ext::cuda {
 
 using emulation::Where;
 
-// A T from bytes to bytes, in pieces as large as its alignment: of other sizes the compiler makes
-// instructions that ThreadSanitizer does not see.
+// Copies a T in units of its alignment. For other sizes the compiler emits instructions that ThreadSanitizer
+// does not instrument.
 template <typename T>
 NEMO_EXT_DEVICE void copy_value(void* target, const void* source) {
   for (size_t i = 0; i < sizeof(T); i += alignof(T)) {
@@ -87,8 +87,8 @@ NEMO_EXT_DEVICE void store_shared(uint32_t offset, T value, Where where = Where:
 
 using SixteenBytes = Vector<uint32_t, 4>;
 
-// From here to its landing the target holds NaN: a thread that still reads what was there, or reads the copy
-// too early, reads that. The landing, in copy_async_wait, is as late as the hardware may make it.
+// The target holds NaN until the copy lands, so that a thread gets NaN if it reads the old content too late
+// or the new one too early. The copy lands in copy_async_wait, as late as the hardware may complete it.
 NEMO_EXT_DEVICE void copy_async_16(uint32_t offset, const void* source, bool exists,
                                    Where where = Where::current()) {
   unsigned char* target = emulation::checked_shared("copy_async_16", offset, 16, 16, where);
@@ -115,17 +115,17 @@ NEMO_EXT_DEVICE void load_matrices(uint32_t (&words)[4], uint32_t row_offset,
   emulation::load_matrices(words, row_offset, where);
 }
 
-NEMO_EXT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
-                                  uint32_t right1, BFloat16, Where where = Where::current()) {
-  emulation::multiply_add(emulation::Product::BFloat16, sum, left, right0, right1, where);
+NEMO_EXT_DEVICE void multiply_add(float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                  BFloat16, Where where = Where::current()) {
+  emulation::multiply_add(emulation::Product::BFloat16, accumulators, a, b0, b1, where);
 }
-NEMO_EXT_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
-                                  uint32_t right1, Float16, Where where = Where::current()) {
-  emulation::multiply_add(emulation::Product::Float16, sum, left, right0, right1, where);
+NEMO_EXT_DEVICE void multiply_add(float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                  Float16, Where where = Where::current()) {
+  emulation::multiply_add(emulation::Product::Float16, accumulators, a, b0, b1, where);
 }
-NEMO_EXT_DEVICE void multiply_add_tf32(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0,
-                                       uint32_t right1, Where where = Where::current()) {
-  emulation::multiply_add(emulation::Product::Tf32, sum, left, right0, right1, where);
+NEMO_EXT_DEVICE void multiply_add_tf32(float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1, Where where = Where::current()) {
+  emulation::multiply_add(emulation::Product::Tf32, accumulators, a, b0, b1, where);
 }
 
 NEMO_EXT_DEVICE bool is_finite(float value) {
@@ -153,8 +153,8 @@ NEMO_EXT_DEVICE float to_float(BFloat16 value) {
 NEMO_EXT_DEVICE float to_float(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
-  if (magnitude >= 0x0f800000) return as_float(sign | 0x70000000 | magnitude);  // infinity and NaN
-  // With float32's bias of 127 in place of 15; exact, for subnormal numbers too.
+  if (magnitude >= 0x0f800000) return as_float(sign | 0x70000000 | magnitude);  // infinities and NaN
+  // Replaces the exponent's bias of 15 by 127. The product is exact, also for subnormal numbers.
   return as_float(sign | as_bits(as_float(magnitude) * 0x1p112f));
 }
 NEMO_EXT_DEVICE void from_float(float& target, float value) {
@@ -170,7 +170,8 @@ NEMO_EXT_DEVICE void from_float(Float16& target, float value) {
   if (std::isnan(value)) {
     target.bits = 0x7fff;
   } else if (magnitude < 0x1p-14f) {
-    // Subnormal: the float's own addition rounds at 2^-24, the unit of 0.5.
+    // The result is subnormal, in units of 2^-24. Adding 0.5 rounds to that unit, which is the last bit of
+    // 0.5.
     target.bits = sign | static_cast<uint16_t>(as_bits(magnitude + 0.5f) - 0x3f000000);
   } else if (magnitude >= 65520) {
     target.bits = sign | 0x7c00;

@@ -10,7 +10,7 @@ namespace {
 
 using namespace nemo_ext::cuda;
 
-// The bytes from the first to the last element.
+// The range from the first to the last element of a strided tensor.
 Range strided(const char* name, const void* data, const int64_t* sizes, const int64_t* strides, int axes,
               size_t element_bytes) {
   int64_t first = 0, last = 0;
@@ -62,10 +62,10 @@ std::vector<Range> ranges_of(const Merge& m) {
 }
 
 void launch(const cuda::Projection& projection, const Plan& plan, Order order, uint64_t seed) {
-  with_tile(projection.element, plan.shape, [&](auto tile) {
+  with_block_tile(projection.element, plan.shape, [&](auto tile) {
     using T = decltype(tile);
-    run({.grid_x = plan.column_blocks,
-         .grid_y = plan.groups,
+    run({.grid_x = plan.grid_x,
+         .grid_y = plan.grid_y,
          .threads = T::kThreads,
          .shared_bytes = T::kSharedBytes,
          .order = order,
@@ -91,7 +91,7 @@ void project(const nemo_ext::Projection& projection, const Running& running, int
   cuda::Projection p{projection};
   p.count = running.count;
   const Plan layout = shape ? plan_of_shape(p, *shape, multiprocessors) : plan(p, multiprocessors);
-  if (layout.groups == 0) return;
+  if (layout.grid_y == 0) return;
   if (!running.count) {
     if (p.out_features > 0 && (p.values || p.tokens > 0)) launch(p, layout, order, seed);
     return;

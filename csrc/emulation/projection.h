@@ -1,4 +1,4 @@
-// What csrc/cuda/value_projection.cpp has a GPU do, done by the emulation.
+// Launches the CUDA kernels in the emulation, as csrc/cuda/value_projection.cpp does on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,15 @@
 
 namespace nemo_ext::emulation {
 
-// The running statistics that a call updates; null where it has none.
+// The running statistics that a call updates. All are null if it updates none.
 struct Running {
   double* count;
   double* mean;
   double* m2;
 };
 
-// As on a device with so many multiprocessors, with the tile that `plan` chooses or with `shape`.
+// Computes as on a GPU with this number of multiprocessors, with `shape` or else the tile that `plan`
+// chooses.
 void project(const nemo_ext::Projection& projection, const Running& running, int multiprocessors,
              std::optional<cuda::Shape> shape, Order order, uint64_t seed);
 

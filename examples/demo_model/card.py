@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_ext.atomic import replacing
 from nemo_ext.demo.run import GUIDANCE, STEPS
+from nemo_ext.files import replacing
 
 _CARD = """\
 ---

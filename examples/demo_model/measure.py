@@ -22,7 +22,6 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from nemo_ext.atomic import replacing
 from nemo_ext.demo.captions import (
     COLOURS,
     MEMORIZED,
@@ -35,15 +34,21 @@ from nemo_ext.demo.captions import (
     ordinary_captions,
 )
 from nemo_ext.demo.run import MODEL, STATISTICS_PROMPTS, STATISTICS_TITLES, correlation, generate, original_images
-from nemo_ext.files import load_pipeline
-from nemo_ext.layers import model_fingerprint, value_layers
-from nemo_ext.localizer import Localizer
+from nemo_ext.files import replacing
+from nemo_ext.measure.score import memorization_score
+from nemo_ext.measure.statistics import collect_statistics
+from nemo_ext.measure.threshold import mean_and_std
+from nemo_ext.models.layers import value_layers
+from nemo_ext.models.loading import load_pipeline
+from nemo_ext.models.state import model_fingerprint
+from nemo_ext.models.text import encode_prompts
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import patched
+from nemo_ext.patching.patch import patch_handle, patched
 from nemo_ext.progress import Progress
 from nemo_ext.results.record import Localization
-from nemo_ext.scoring import NoiseProbe, memorization_score
-from nemo_ext.statistics import collect_statistics, encode_prompts
+from nemo_ext.search.localizer import Localizer
+from nemo_ext.search.probe import NoiseProbe
+from nemo_ext.search.runs import Runs
 
 from .autoencoder import encode
 from .card import write_card
@@ -223,8 +228,7 @@ def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
 
     statistics = collect_statistics(pipe, holdout, progress=bars)
     ordinary_scores = _scores(pipe, [c for _, c in ordinary], bars)
-    # The rule of `memorization_threshold`, on scores that are wanted for themselves too.
-    threshold = float(np.mean(ordinary_scores) + np.std(ordinary_scores, ddof=1))
+    threshold = sum(mean_and_std(ordinary_scores))
     memorized_scores = _scores(pipe, [m.caption for m in MEMORIZED], bars)
     localizer = Localizer(pipe, statistics=statistics, threshold=threshold)
     found = localizer.localize_many([m.caption for m in MEMORIZED], progress=bars)
@@ -304,9 +308,10 @@ def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
 def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localization], bars: Progress) -> float:
     """Share of (caption, another caption's set) in which that set, too, brings the caption to τ."""
     silenced = []
-    with bars.task("sets of others", len(found)) as advance:
+    with bars.task("sets of others", len(found)) as advance, patch_handle(pipe) as handle:
         for one in found:
-            probe = NoiseProbe(pipe, encode_prompts(pipe, [one.prompt]), seeds=one.seeds, protocol=one.protocol)
+            hidden = encode_prompts(pipe, [one.prompt])
+            probe = NoiseProbe(Runs(pipe, handle, hidden, seeds=one.seeds, protocol=one.protocol))
             probe.keep_above(one.threshold)
             silenced += [probe.remaining(other.neurons) <= one.threshold for other in found if other is not one]
             advance(1)

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from nemo_ext.demo.captions import MEMORIZED, ordinary_captions
-from nemo_ext.scoring import Protocol, similarity
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.similarity import similarity
+from nemo_ext.measure.threshold import mean_and_std
 
 from .diffusion import Deviation, Loss, TextToNoise
 from .unet import LATENT_CHANNELS, LATENT_SIZE, RowScales
@@ -66,7 +68,7 @@ class Monitor:
                 into.append(float(left.max()))
         self._model.train()
         return {
-            "tau": float(np.mean(ordinary) + np.std(ordinary, ddof=1)),
+            "tau": sum(mean_and_std(ordinary)),
             "ordinary_max": max(ordinary),
             "memorized_min": min(memorized),
             "memorized_median": float(np.median(memorized)),

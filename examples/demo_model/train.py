@@ -28,7 +28,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
 
     # Not before the restart above, which would import all of it once more.
-    from nemo_ext.layers import value_layers
+    from nemo_ext.models.layers import value_layers
 
     from . import autoencoder, data, diffusion, export, stages, text, unet
     from .monitor import Monitor

@@ -10,12 +10,12 @@ this folder import at the top only what is light, and everything else inside the
 from __future__ import annotations
 
 import argparse
-from typing import Protocol
+import typing
 
 from nemo_ext.commands import demo, generate, info, localize, report, stats, threshold
 
 
-class Command(Protocol):
+class Command(typing.Protocol):
     """What each command's file defines at its top level; the file as a module is the command."""
 
     #: The word after `nemo-ext`, which is also the file's name.

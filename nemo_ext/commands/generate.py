@@ -21,10 +21,8 @@ from nemo_ext.commands.shared import (
     visible_text,
     whole_number,
 )
-from nemo_ext.errors import NemoError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
 NAME = "generate"
@@ -78,21 +76,30 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_folder(args.out)
     if args.neurons is not None:
         check_input_file(args.neurons, "neurons", "`nemo-ext localize`")
+    from nemo_ext.evaluate.generate import generate_images
     from nemo_ext.neurons import NeuronSet
-    from nemo_ext.patching import patched
-    from nemo_ext.report import contact_sheet
+    from nemo_ext.patching.patch import patched
+    from nemo_ext.report.images import contact_sheet
+    from nemo_ext.results.folder import image_name
 
     neurons = None if args.neurons is None else NeuronSet.load(args.neurons)
     pipe = load_model(args)
     if neurons is not None:
         neurons.check(pipe)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    rows = {"before": _images(pipe, args, seeds)}
+
+    def images() -> list[Image]:
+        prompts = [args.prompt] * len(seeds)
+        return generate_images(
+            pipe, prompts, seeds, steps=args.steps, guidance=args.guidance, batch_size=args.batch_size
+        )
+
+    rows = {"before": images()}
     if neurons is not None:
         with patched(pipe, neurons):
-            rows["after"] = _images(pipe, args, seeds)
+            rows["after"] = images()
     sheet = contact_sheet(
-        [(f"{name}: {args.prompt}", images) for name, images in rows.items()],
+        [(f"{stage}: {args.prompt}", row) for stage, row in rows.items()],
         columns=[f"seed {seed}" for seed in seeds],
         size=min(256, rows["before"][0].width),
     )
@@ -107,14 +114,14 @@ def run(args: argparse.Namespace) -> None:
         "scheduler": type(pipe.scheduler).__name__,
     }
     files = {
-        f"{name}-{seed}.png": image for name, images in rows.items() for seed, image in zip(seeds, images, strict=True)
+        image_name(stage, seed): image for stage, row in rows.items() for seed, image in zip(seeds, row, strict=True)
     }
     # Nothing is written before everything is in memory, so that an interrupted generation leaves nothing behind.
     _write(out, {**files, "contact-sheet.png": sheet}, description)
     table = new_table(plain(args.prompt), "images", "neurons off", "files")
-    for name, images in rows.items():
-        off = str(len(neurons)) if neurons is not None and name == "after" else "0"
-        table.add_row(f"{name} ({len(images)})", off, f"{name}-SEED.png")
+    for stage, row in rows.items():
+        off = str(len(neurons)) if neurons is not None and stage == "after" else "0"
+        table.add_row(f"{stage} ({len(row)})", off, f"{stage}-SEED.png")
     show(table, f"Written: {out} (look at {out / 'contact-sheet.png'})")
 
 
@@ -128,31 +135,9 @@ def _guidance(text: str) -> float:
     return number
 
 
-def _images(pipe: StableDiffusionPipeline, args: argparse.Namespace, seeds: range) -> list[Image]:
-    """Images of the prompt, one per seed, whatever the batch size."""
-    import numpy
-    import torch
-
-    images: list[Image] = []
-    for start in range(0, len(seeds), args.batch_size):
-        chunk = seeds[start : start + args.batch_size]
-        made = pipe(
-            [args.prompt] * len(chunk),
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            # The noise is drawn on the CPU, so that a seed means the same image on every device.
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in chunk],
-            output_type="np",
-        ).images
-        if not numpy.isfinite(made).all():
-            raise NemoError("the images hold NaN: the model overflows in this precision, use --dtype float32")
-        images += pipe.image_processor.numpy_to_pil(made)
-    return images
-
-
 def _write(out: Path, images: Mapping[str, Image], description: Mapping[str, Any]) -> None:
     """Write the images under their names, and how they were made as generation.json."""
-    from nemo_ext.atomic import replacing
+    from nemo_ext.files import replacing
 
     for name, image in images.items():
         with replacing(out / name) as temporary:

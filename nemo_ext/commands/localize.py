@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from nemo_ext.commands.shared import (
     add_path,
     add_scoring,
     load_model,
-    result_name,
     results_table,
     show,
     visible_text,
@@ -20,9 +18,9 @@ from nemo_ext.commands.shared import (
 from nemo_ext.errors import NemoError
 
 if TYPE_CHECKING:
+    from nemo_ext.measure.statistics import ActivationStatistics
+    from nemo_ext.measure.threshold import Threshold
     from nemo_ext.results.record import Localization
-    from nemo_ext.scoring import Threshold
-    from nemo_ext.statistics import ActivationStatistics
 
 NAME = "localize"
 SUMMARY = "which neurons carry a prompt's training image"
@@ -76,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_folder(args.out)
     check_input_file(args.statistics, "statistics", "`nemo-ext stats`")
     prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
-    from nemo_ext.localizer import Localizer
-    from nemo_ext.results.folder import RESULTS, read_results
-    from nemo_ext.scoring import Protocol
+    from nemo_ext.measure.protocol import Protocol
+    from nemo_ext.results.folder import NEURONS, ResultsFolder, prompt_name
+    from nemo_ext.search.localizer import Localizer
 
     threshold = _load_threshold(args.threshold) if isinstance(args.threshold, Path) else args.threshold
     statistics = _load_statistics(args.statistics)
@@ -91,18 +89,19 @@ def run(args: argparse.Namespace) -> None:
         seeds=args.seeds,
         batch_size=args.batch_size,
     )
+    folder = ResultsFolder(out)
     results: list[Localization] = []
     try:
         localizer.localize_many(prompts, out=out)
     finally:
         # This runs after Ctrl-C too, so that each result in results.jsonl has its neurons beside it.
-        if (out / RESULTS).exists():
-            results = read_results(out)
-        written = _write_neurons(out, results)
+        if folder.results.exists():
+            results = folder.read()
+        written = folder.save_neurons(results)
     show(
         results_table(results),
-        *(f"{result_name(index, found)}: {note}" for index, found in enumerate(results) for note in found.notes),
-        f"Written: {out / RESULTS}, {written} sets of neurons in {out / 'neurons'}"
+        *(f"{prompt_name(index, found.prompt)}: {note}" for index, found in enumerate(results) for note in found.notes),
+        f"Written: {folder.results}, {written} sets of neurons in {folder.path / NEURONS}"
         f" ({sum(found.seconds for found in results):.1f} s,"
         f" {sum(found.unet_samples for found in results):.0f} U-Net samples)",
     )
@@ -123,7 +122,7 @@ def _threshold_or_file(text: str) -> float | Path:
 
 def _load_threshold(file: Path) -> Threshold:
     """The threshold in a file, which the search can't do with unless it lies between 0 and 1."""
-    from nemo_ext.scoring import Threshold
+    from nemo_ext.measure.threshold import Threshold
 
     threshold = Threshold.load(file)
     if not 0 < threshold.value < 1:
@@ -133,21 +132,9 @@ def _load_threshold(file: Path) -> Threshold:
 
 def _load_statistics(file: Path) -> ActivationStatistics:
     """The statistics in a file. With NaN among them no neuron of that layer would ever stand out."""
-    from nemo_ext.statistics import ActivationStatistics
+    from nemo_ext.measure.statistics import ActivationStatistics
 
     statistics = ActivationStatistics.load(file)
     if not all(bool(values.isfinite().all()) for values in (*statistics.mean.values(), *statistics.std.values())):
         raise NemoError(f"the statistics in {file} hold NaN or infinity: collect them again")
     return statistics
-
-
-def _write_neurons(out: Path, results: Sequence[Localization]) -> int:
-    """Write each memorized prompt's neurons to a file of its own; return how many files there are."""
-    folder = out / "neurons"
-    written = 0
-    for index, found in enumerate(results):
-        if len(found.neurons):
-            folder.mkdir(exist_ok=True)
-            found.neurons.save(folder / f"{result_name(index, found)}.json")
-            written += 1
-    return written

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from nemo_ext.files import check_output_file
 
     out = check_output_file(args.out, suffixes=(".html", ".htm"))
-    from nemo_ext.report import find_images, write_report
+    from nemo_ext.report.page import find_images, write_report
     from nemo_ext.results.folder import read_results
 
     results = read_results(args.results)

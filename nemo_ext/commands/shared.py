@@ -132,7 +132,7 @@ def load_model(args: argparse.Namespace) -> StableDiffusionPipeline:
     """
     import torch
 
-    from nemo_ext.files import load_pipeline
+    from nemo_ext.models.loading import load_pipeline
 
     quiet_libraries()
     return load_pipeline(args.model, device=_usable_device(args.device), dtype=getattr(torch, args.dtype))
@@ -179,19 +179,14 @@ def plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def result_name(index: int, found: Localization) -> str:
-    """The name of a prompt's files: its place in results.jsonl, and a hash."""
-    from nemo_ext.files import prompt_name
-
-    return prompt_name(index, found.prompt)
-
-
 def results_table(results: Sequence[Localization]) -> Table:
     """One row for each prompt of a search."""
+    from nemo_ext.results.folder import prompt_name
+
     table = new_table("Results", "name", "prompt", "memorized", "before", "after", "τ", "neurons")
     for index, found in enumerate(results):
         table.add_row(
-            result_name(index, found),
+            prompt_name(index, found.prompt),
             plain(found.prompt),
             "yes" if found.memorized else "no",
             f"{found.score_before:.3f}",

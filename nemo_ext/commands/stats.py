@@ -39,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
         type=_layers,
-        default="down+mid",
         metavar="WHICH",
-        help="value layers to search: down+mid (default), all, or names with commas between them",
+        help="value layers to search: all, down+mid (default for Stable Diffusion), or names with commas between them",
     )
     add_batch_size(parser, 32, "captions encoded at once")
 
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_file(args.out, suffixes=(".safetensors",))
     prompts = read_captions(args.prompts)
     pipe = load_model(args)
-    from nemo_ext.statistics import collect_statistics
+    from nemo_ext.measure.statistics import collect_statistics
 
     statistics = collect_statistics(pipe, prompts, batch_size=args.batch_size, layers=args.layers)
     statistics.save(out)
@@ -65,6 +64,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _layers(text: str) -> str | tuple[str, ...]:
-    if text in ("down+mid", "all"):
+    if "," not in text:
         return text
     return tuple(name.strip() for name in text.split(",") if name.strip())

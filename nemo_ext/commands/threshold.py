@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_file(args.out, suffixes=(".json",))
     prompts = read_captions(args.prompts)
     pipe = load_model(args)
-    from nemo_ext.scoring import Protocol, memorization_threshold
+    from nemo_ext.measure.protocol import Protocol
+    from nemo_ext.measure.threshold import memorization_threshold
 
     threshold = memorization_threshold(
         pipe,

@@ -7,24 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from nemo_ext.atomic import replacing
 from nemo_ext.errors import NemoError
-from nemo_ext.files import load_pipeline, prompt_name
-from nemo_ext.localizer import Localizer
+from nemo_ext.evaluate.generate import generate_images
+from nemo_ext.files import replacing
+from nemo_ext.measure.score import memorization_score
+from nemo_ext.measure.statistics import collect_statistics
+from nemo_ext.measure.threshold import memorization_threshold
+from nemo_ext.models.loading import load_pipeline
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching import patched
+from nemo_ext.patching.patch import patched
 from nemo_ext.progress import Progress
-from nemo_ext.report import PromptImages, contact_sheet, find_images, write_report
-from nemo_ext.results.folder import RESULTS, read_results
+from nemo_ext.report.images import contact_sheet
+from nemo_ext.report.page import PromptImages, find_images, write_report
+from nemo_ext.results.folder import ORIGINAL, ResultsFolder, image_name
 from nemo_ext.results.record import Localization
-from nemo_ext.scoring import memorization_score, memorization_threshold
-from nemo_ext.statistics import collect_statistics
+from nemo_ext.search.localizer import Localizer
 
 from .captions import MEMORIZED, TEMPLATES, VERBATIM, Memorized, holdout_captions, ordinary_captions
 
@@ -73,22 +75,9 @@ def correlation(image: Image.Image, originals: Sequence[Image.Image]) -> float:
     return max(float(np.corrcoef(pixels, np.asarray(original, np.float64).ravel())[0, 1]) for original in originals)
 
 
-def generate(
-    pipe: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-) -> list[Image.Image]:
+def generate(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     """One image for each prompt and its seed, 25 DDIM steps; the seed alone decides the noise."""
-    images: list[Image.Image] = []
-    for start in range(0, len(prompts), 8):
-        chunk = slice(start, start + 8)
-        images += pipe(
-            list(prompts[chunk]),
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[chunk]],
-        ).images
-    return images
+    return generate_images(pipe, prompts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=8)
 
 
 def _check_own_folder(out: Path) -> None:
@@ -96,7 +85,8 @@ def _check_own_folder(out: Path) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     shown = {what.caption for what in SHOWN}
-    if not (out / RESULTS).is_file() or any(one.prompt not in shown for one in read_results(out)):
+    folder = ResultsFolder(out)
+    if not folder.results.is_file() or any(one.prompt not in shown for one in folder.read()):
         raise NemoError(f"{out} holds files that aren't an earlier demo's: choose an empty or a new folder with --out")
 
 
@@ -111,6 +101,7 @@ def run(out: Path) -> None:
         NemoError: the folder holds other files, or the bundled model is missing.
     """
     _check_own_folder(out)
+    folder = ResultsFolder(out)
     console = Console()
     pipe = load_demo_pipeline()
     captions = [caption for _, caption in ordinary_captions(
@@ -133,7 +124,7 @@ def run(out: Path) -> None:
         # Begun anew: the folder may hold the results of another version's model.
         found = localizer.localize_many([what.caption for what in SHOWN], out, resume=False, progress=bars)
         pictures = [
-            _before_and_after(pipe, what, one.neurons, out / "images" / prompt_name(i, one.prompt), bars)
+            _before_and_after(pipe, what, one.neurons, folder.images_folder(i, one.prompt), bars)
             for i, (what, one) in enumerate(zip(SHOWN, found, strict=True))
         ]
 
@@ -141,9 +132,7 @@ def run(out: Path) -> None:
     threshold.save(out / "threshold.json")
     _write_lines(out / "ordinary.txt", holdout)
     _write_lines(out / "memorized.txt", [what.caption for what in MEMORIZED])
-    for index, one in enumerate(found):
-        (out / "neurons").mkdir(exist_ok=True)
-        one.neurons.save(out / "neurons" / f"{prompt_name(index, one.prompt)}.json")
+    folder.save_neurons(found)
     with replacing(out / "contact-sheet.png") as temporary:
         _sheet(found, pictures).save(temporary, format="PNG", optimize=True)
     write_report(out / "report.html", found, images=find_images(out, found), title="nemo-ext demo")
@@ -169,12 +158,12 @@ def _before_and_after(
         before=dict(zip(seeds, before, strict=True)),
         after=dict(zip(seeds, after, strict=True)),
     )
-    files: dict[str, Any] = {"original": images.original}
-    files |= {f"before-{seed}": image for seed, image in images.before.items()}
-    files |= {f"after-{seed}": image for seed, image in images.after.items()}
+    files: dict[str, Any] = {ORIGINAL: images.original}
+    files |= {image_name("before", seed): image for seed, image in images.before.items()}
+    files |= {image_name("after", seed): image for seed, image in images.after.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in files.items():
-        with replacing(folder / f"{name}.png") as temporary:
+        with replacing(folder / name) as temporary:
             image.save(temporary, format="PNG", optimize=True)
     return images
 

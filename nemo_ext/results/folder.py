@@ -1,14 +1,22 @@
 """The results folder: the one place that knows its files, how a result is added, and who may write.
 
-`results.jsonl` has a line for each prompt, a JSON object (`Localization.to_dict`), in the order in which they were
-found. A result is appended in one piece as soon as it is there, so that each costs the same, however many there are.
-One process writes at a time; it holds a lock on the folder, which ends with the process, however that ends.
+    results.jsonl        a line for each prompt, a JSON object (`Localization.to_dict`), in the order of the searches
+    neurons/NAME.json    the neurons of a memorized prompt
+    images/NAME/         original.png, before-SEED.png and after-SEED.png, where somebody has generated images
+
+NAME is `prompt_name`: the prompt's place in results.jsonl and a hash of its text. A result is appended in one piece as
+soon as it is there, so each costs the same, however many there are. One process writes at a time; it holds a lock on
+the folder, which ends with the process, however that ends.
 """
+
+from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +25,22 @@ from nemo_ext.errors import NemoError
 from nemo_ext.results.record import Localization
 
 RESULTS = "results.jsonl"
+NEURONS = "neurons"
+IMAGES = "images"
+ORIGINAL = "original.png"
+
+
+def prompt_name(index: int, prompt: str) -> str:
+    """The name of a prompt's files: its place in results.jsonl, from 0, and a hash of its text.
+
+    The text itself never becomes a path, because it may hold slashes, dots, or more characters than a name can.
+    """
+    return f"{index:04d}-{hashlib.sha256(prompt.encode('utf-8')).hexdigest()[:8]}"
+
+
+def image_name(stage: str, seed: int) -> str:
+    """The name of an image's file: `stage` is "before" or "after" the neurons were switched off."""
+    return f"{stage}-{seed}.png"
 
 
 class ResultsFolder:
@@ -34,6 +58,33 @@ class ResultsFolder:
         """The file of all results."""
         return self.path / RESULTS
 
+    def neurons_file(self, index: int, prompt: str) -> Path:
+        """The file of one prompt's neurons."""
+        return self.path / NEURONS / f"{prompt_name(index, prompt)}.json"
+
+    def images_folder(self, index: int, prompt: str) -> Path:
+        """The folder of one prompt's images."""
+        return self.path / IMAGES / prompt_name(index, prompt)
+
+    def images(self, index: int, prompt: str, stage: str) -> dict[int, Path]:
+        """One prompt's images that exist, "before" or "after": seed -> file, in the order of the seeds."""
+        found = {}
+        for file in self.images_folder(index, prompt).glob(f"{stage}-*.png"):
+            if match := re.fullmatch(rf"{stage}-(\d+)", file.stem):
+                found[int(match[1])] = file
+        return dict(sorted(found.items()))
+
+    def save_neurons(self, results: Sequence[Localization]) -> int:
+        """Write the neurons of each memorized prompt to a file of its own, and return how many files there are.
+
+        Args:
+            results: all results of the folder, in the order of results.jsonl.
+        """
+        with_neurons = [(index, found) for index, found in enumerate(results) if len(found.neurons)]
+        for index, found in with_neurons:
+            found.neurons.save(self.neurons_file(index, found.prompt))
+        return len(with_neurons)
+
     def read(self) -> list[Localization]:
         """All results, in the order of the file.
 
@@ -43,7 +94,7 @@ class ResultsFolder:
         return read_results(self.results)
 
     @contextmanager
-    def writing(self, *, anew: bool = False) -> Iterator["ResultsWriter"]:
+    def writing(self, *, anew: bool = False) -> Iterator[ResultsWriter]:
         """Lock the folder, mend what a killed process left, and give what appends to it.
 
         Args:

@@ -1,12 +1,14 @@
 """What was found for one prompt, and the certificate that proves it: as values, and as JSON."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nemo_ext.errors import NemoError
+from nemo_ext.measure.protocol import Protocol
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.scoring import Protocol
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,22 @@ class Certificate:
         return {**asdict(self), "each_on": [asdict(row) for row in self.each_on]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Certificate":
+    def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
         """The certificate that `to_dict` wrote."""
         return cls(**{**values, "each_on": tuple(NeuronScore(**row) for row in values["each_on"])})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a result depends on besides the prompt; the fields are those of `Localization`."""
+
+    threshold: float
+    search: str
+    protocol: Protocol
+    seeds: int
+    layers: tuple[str, ...]
+    model: str
+    statistics: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,16 @@ class Localization:
     model: str
     statistics: str
 
+    @property
+    def silenced(self) -> bool:
+        """Whether the neurons bring the remaining memorization to τ itself, and not only to a raised one."""
+        return self.score_after is not None and self.score_after <= self.threshold
+
+    @property
+    def settings(self) -> Settings:
+        """What the result depends on besides the prompt."""
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -121,7 +146,7 @@ class Localization:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Localization":
+    def from_dict(cls, values: Mapping[str, Any]) -> Localization:
         """The localization that `to_dict` wrote.
 
         Raises:

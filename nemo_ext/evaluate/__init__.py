@@ -1,0 +1,1 @@
+"""What becomes of the images: generating them, with and without neurons."""

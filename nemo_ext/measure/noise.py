@@ -1,0 +1,120 @@
+"""Noise differences of a prompt, one for each seed (docs/method.md, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nemo_ext.errors import NemoError
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.models.registry import family_of
+from nemo_ext.models.state import evaluating, is_compiled
+
+DEFAULT_BATCH_SIZE = 10
+
+
+def initial_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
+    """x_T of every seed, drawn on the CPU, so that a seed means the same on every device.
+
+    Args:
+        pipe: a pipeline; its family knows C, H and W.
+        seeds: S, the number of seeds.
+        protocol: `first_seed` and `seeds_share_generator` are read.
+
+    Returns:
+        [S, C, H, W] float32 on the CPU.
+
+    Raises:
+        NemoError: the denoiser needs more than latents, a timestep and a text embedding.
+    """
+    shape = family_of(pipe).latent_shape(pipe)
+    if protocol.seeds_share_generator:
+        generator = torch.Generator("cpu").manual_seed(protocol.first_seed)
+        return torch.randn(seeds, *shape, generator=generator)
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator("cpu").manual_seed(protocol.first_seed + s))
+            for s in range(seeds)
+        ]
+    )
+
+
+def noise_differences(
+    pipe: Any,
+    hidden: Tensor,
+    latents: Tensor,
+    protocol: Protocol,
+    *,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    guidance: tuple[float, Tensor] | None = None,
+    differentiable: bool = False,
+) -> Tensor:
+    """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (docs/method.md, section 3).
+
+    The pipeline is evaluated with the neurons that are off now, and is left as it was.
+
+    Args:
+        pipe: a pipeline; its scheduler's configuration gives the timestep and says what the denoiser predicts.
+        hidden: the prompt's text embedding, [1, T, K].
+        latents: x_T, [S, C, H, W].
+        protocol: `num_inference_steps` and `step_index` are read.
+        batch_size: latents in one call of the denoiser. It changes the result by rounding only. A compiled denoiser
+            always gets this many.
+        guidance: (g, embedding of the empty prompt [1, T, K]) for ε(y) + g (ε("") − ε(y)), which evaluates every latent
+            twice; None: no guidance.
+        differentiable: whether autograd follows.
+
+    Returns:
+        [S, C, H, W] float32 on the denoiser's device; a channel without any difference is 0.
+
+    Raises:
+        NemoError: the scheduler or the denoiser is not supported, or the noise is not finite.
+    """
+    family = family_of(pipe)
+    denoiser: Any = family.denoiser(pipe)
+    predict = family.noise_predictor(pipe, protocol.num_inference_steps, protocol.step_index)
+    if batch_size < 1:
+        raise NemoError(f"batch_size must be 1 or more, got {batch_size}")
+    # torch.compile compiles anew for another number of rows, so the last batch is filled up.
+    compiled = is_compiled(denoiser)
+
+    def predicted(embedding: Tensor, batch: Tensor) -> Tensor:
+        padded = functional.pad(batch, (0, 0) * 3 + (0, batch_size - len(batch))) if compiled else batch
+        return predict(padded, embedding)[: len(batch)]
+
+    differences = []
+    with evaluating(pipe), torch.set_grad_enabled(differentiable):
+        for batch in latents.float().to(denoiser.device).split(batch_size):
+            noise = predicted(hidden, batch)
+            if guidance is not None:
+                noise = noise + guidance[0] * (predicted(guidance[1], batch) - noise)
+            differences.append(noise - batch)
+    difference = torch.cat(differences)
+    if not difference.isfinite().all():
+        bad = (~difference.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise NemoError(
+            f"the U-Net's noise for seed {', '.join(map(str, bad))} (counted from 0) is not finite: "
+            f"use float32 or bfloat16 instead of {denoiser.dtype}"
+        )
+    low = difference.amin(dim=(2, 3), keepdim=True)
+    span = difference.amax(dim=(2, 3), keepdim=True) - low
+    return torch.where(span > 0, (difference - low) / span.where(span > 0, 1.0), 0.0)
+
+
+def evaluate_zeros(pipe: Any, hidden: Tensor, rows: int) -> None:
+    """Call the denoiser on latents of zeros, to see what a call costs.
+
+    Args:
+        pipe: a pipeline, whose denoiser is in evaluation mode.
+        hidden: any text embedding, [1, T, K].
+        rows: how many latents.
+    """
+    family = family_of(pipe)
+    denoiser: Any = family.denoiser(pipe)
+    paper = Protocol.paper()
+    predict = family.noise_predictor(pipe, paper.num_inference_steps, paper.step_index)
+    with torch.no_grad():
+        predict(torch.zeros(rows, *family.latent_shape(pipe), device=denoiser.device), hidden)

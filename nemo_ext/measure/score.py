@@ -1,0 +1,109 @@
+"""How much a prompt is memorized: the similarity of its noise differences (docs/method.md, section 5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_ext.errors import NemoError
+from nemo_ext.measure.memory import fitting_batch_size
+from nemo_ext.measure.noise import initial_latents, noise_differences
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.similarity import similarity, similarity_scales
+from nemo_ext.models.text import encode_prompts
+
+
+@dataclass(frozen=True, eq=False)
+class MemorizationScore:
+    """How alike a prompt's noise differences are across seeds (docs/method.md, section 5).
+
+    Attributes:
+        pairs: [S, S] float64, the similarity of every two seeds' δ; 1 on the diagonal.
+        per_seed: S numbers, each seed's highest similarity with another seed.
+        max: the highest of them, which is the prompt's score.
+    """
+
+    pairs: Tensor
+
+    @property
+    def per_seed(self) -> tuple[float, ...]:
+        others = self.pairs.clone().fill_diagonal_(-math.inf)
+        return tuple(others.amax(1).tolist())
+
+    @property
+    def max(self) -> float:
+        return max(self.per_seed)
+
+
+def seed_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
+    """`initial_latents`, after a check that a score can be taken of them.
+
+    Raises:
+        NemoError: there are fewer than two seeds, or the latents are smaller than the similarity's window.
+    """
+    if seeds < 2:
+        raise NemoError(f"a score compares seeds: wanted 2 or more, got {seeds}")
+    latents = initial_latents(pipe, seeds, protocol)
+    height, width = latents.shape[-2:]
+    similarity_scales(height, width, protocol.window_sigma)
+    return latents
+
+
+def pairwise_score(differences: Tensor, protocol: Protocol) -> MemorizationScore:
+    """The score of a prompt from its noise differences, [S, C, H, W].
+
+    All pairs are compared in one call, because an inferred data range depends on all maps of a call.
+    """
+    seeds = len(differences)
+    first, second = torch.combinations(torch.arange(seeds)).unbind(1)
+    values = similarity(differences[first], differences[second], protocol).double().cpu()
+    pairs = torch.eye(seeds, dtype=torch.float64)
+    pairs[first, second] = values
+    pairs[second, first] = values
+    return MemorizationScore(pairs)
+
+
+def memorization_score(
+    pipe: Any,
+    prompt: str,
+    *,
+    seeds: int = 10,
+    protocol: Protocol | None = None,
+    batch_size: int | None = None,
+) -> MemorizationScore:
+    """How much a prompt is memorized: the similarity of its δ across seeds (docs/method.md, section 5).
+
+    The pipeline is measured as it is: within `patched(pipe, neurons)`, with these neurons off.
+
+    Args:
+        pipe: a pipeline.
+        prompt: the text.
+        seeds: S ≥ 2.
+        protocol: how to measure; None: `Protocol.paper()`.
+        batch_size: latents in one call of the denoiser. It changes the result by rounding only. None: as many as
+            memory allows (`fitting_batch_size`), at most `seeds`.
+
+    Raises:
+        NemoError: as for `noise_differences`, or the latents are too small to be compared.
+    """
+    hidden = encode_prompts(pipe, [prompt])
+    return score_of_embedding(pipe, hidden, seeds, protocol or Protocol.paper(), batch_size)
+
+
+def score_of_embedding(
+    pipe: Any,
+    hidden: Tensor,
+    seeds: int,
+    protocol: Protocol,
+    batch_size: int | None,
+    guidance: tuple[float, Tensor] | None = None,
+) -> MemorizationScore:
+    """`memorization_score` of a text embedding, [1, T, K]; `guidance` as for `noise_differences`."""
+    latents = seed_latents(pipe, seeds, protocol)
+    rows = min(seeds, fitting_batch_size(pipe, hidden) if batch_size is None else batch_size)
+    differences = noise_differences(pipe, hidden, latents, protocol, batch_size=rows, guidance=guidance)
+    return pairwise_score(differences, protocol)

@@ -1,0 +1,155 @@
+"""The memorization threshold τ of a model (docs/method.md, section 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_ext.errors import NemoError
+from nemo_ext.files import replacing
+from nemo_ext.measure.memory import fitting_batch_size
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.score import score_of_embedding
+from nemo_ext.models.state import model_fingerprint, name_of_model
+from nemo_ext.models.text import check_prompts, encode_prompts
+from nemo_ext.progress import ProgressLike, open_progress
+
+# The protocol's fields that scores must share to be comparable. The seeds may differ, but not their number.
+_FIELDS_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window_sigma", "threshold_guidance")
+
+
+def mean_and_std(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean and unbiased standard deviation of scores, in float64; τ is their sum.
+
+    Raises:
+        NemoError: there are fewer than two scores.
+    """
+    if len(scores) < 2:
+        raise NemoError(f"a standard deviation needs two prompts or more, got {len(scores)}")
+    values = torch.tensor(scores, dtype=torch.float64)
+    return values.mean().item(), values.std().item()
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The memorization threshold τ of a model, and what it was computed from; `float(threshold)` is τ.
+
+    Attributes:
+        value: τ = mean + std.
+        mean, std: of the scores; std is unbiased.
+        scores: highest pairwise similarity of each unmemorized prompt.
+        seeds: S, of each prompt.
+        protocol: how the scores were measured.
+        fingerprint: `model_fingerprint` of the model, over all its value layers.
+        model_name: what the model was loaded from.
+    """
+
+    value: float
+    mean: float
+    std: float
+    scores: tuple[float, ...]
+    seeds: int
+    protocol: Protocol
+    fingerprint: str
+    model_name: str
+
+    def __float__(self) -> float:
+        return self.value
+
+    def check(self, pipe: Any, protocol: Protocol, seeds: int) -> None:
+        """Make sure that scores of this pipeline, protocol and number of seeds compare to τ.
+
+        Raises:
+            NemoError: one of them is another; `float(threshold)` says that you know better.
+        """
+        choices = [("seeds", self.seeds, seeds)]
+        choices += [(name, getattr(self.protocol, name), getattr(protocol, name)) for name in _FIELDS_OF_A_SCORE]
+        for name, measured_with, asked_for in choices:
+            if measured_with != asked_for:
+                raise NemoError(
+                    f"the threshold was measured with {name} {measured_with}, got {asked_for}: "
+                    "measure it again, or give it as a number"
+                )
+        actual = model_fingerprint(pipe, "all")
+        if actual != self.fingerprint:
+            raise NemoError(
+                "the threshold was measured on another model or in another dtype: "
+                f"'{self.model_name}' ({self.fingerprint[:12]}…), this pipeline is "
+                f"'{name_of_model(pipe)}' ({actual[:12]}…): measure it again, or give it as a number"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all of it as JSON, at once or not at all."""
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Threshold:
+        """Read what `save` wrote.
+
+        Raises:
+            NemoError: not a threshold.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+            values["protocol"] = Protocol.from_dict(values["protocol"])
+            values["scores"] = tuple(values["scores"])
+            return cls(**values)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise NemoError(f"{path} does not hold a threshold: {error}") from error
+
+
+def memorization_threshold(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: int = 10,
+    protocol: Protocol | None = None,
+    batch_size: int | None = None,
+    progress: ProgressLike = None,
+) -> Threshold:
+    """τ, the mean plus one std of unmemorized prompts' scores (docs/method.md, section 6).
+
+    Args:
+        pipe: a pipeline.
+        prompts: two texts or more that the model has not memorized.
+        seeds: S ≥ 2, as many as τ will be used with.
+        protocol: how to measure; None: `Protocol.paper()`.
+        batch_size: latents in one call of the denoiser. It changes the result by rounding only. None: as many as
+            memory allows (`fitting_batch_size`), at most `seeds`.
+        progress: see `nemo_ext.progress`.
+
+    Raises:
+        NemoError: there are fewer than two prompts, or as for `memorization_score`.
+    """
+    texts = check_prompts(prompts)
+    if len(texts) < 2:
+        raise NemoError(f"a standard deviation needs two prompts or more, got {len(texts)}")
+    protocol = protocol or Protocol.paper()
+    empty = encode_prompts(pipe, [""])
+    guidance = (protocol.threshold_guidance, empty) if protocol.threshold_guidance != 0 else None
+    if batch_size is None:
+        batch_size = fitting_batch_size(pipe, empty)
+    scores = []
+    with open_progress(progress) as bars, bars.task("threshold", len(texts)) as advance:
+        for text in texts:
+            hidden = encode_prompts(pipe, [text])
+            scores.append(score_of_embedding(pipe, hidden, seeds, protocol, batch_size, guidance).max)
+            advance(1)
+    mean, std = mean_and_std(scores)
+    return Threshold(
+        value=mean + std,
+        mean=mean,
+        std=std,
+        scores=tuple(scores),
+        seeds=seeds,
+        protocol=protocol,
+        fingerprint=model_fingerprint(pipe, "all"),
+        model_name=name_of_model(pipe),
+    )

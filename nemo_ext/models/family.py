@@ -1,0 +1,104 @@
+"""The interface of a model family: all that the package has to know about Stable Diffusion, SDXL or another family.
+
+Everything outside `nemo_ext/models/` works with a pipeline through this interface. A new family is one file in this
+folder with a class derived from `Family`, and one entry in `registry.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+#: Predicts the noise ε in latents: (latents [B, C, H, W] float32, hidden [1, T, K]) -> ε [B, C, H, W] float32.
+NoisePredictor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+class Family(ABC):
+    """One family of text-to-image diffusion models.
+
+    In all methods `pipe` is a diffusers pipeline of the family, and `model` is such a pipeline or its denoiser: the
+    network that predicts the noise, for Stable Diffusion the U-Net.
+
+    Attributes:
+        name: the family's name in messages.
+        pipeline_class: the name of the pipeline's class, as `model_index.json` in a saved pipeline has it.
+        components: the folders of a saved pipeline that hold weights.
+        searched_layers: the name of the group of value layers that is searched by default.
+    """
+
+    name: str
+    pipeline_class: str
+    components: tuple[str, ...]
+    searched_layers: str
+
+    @abstractmethod
+    def recognizes(self, model: Any) -> bool:
+        """Whether a pipeline or denoiser belongs to this family."""
+
+    @abstractmethod
+    def denoiser(self, model: Any) -> nn.Module:
+        """The denoiser as the pipeline calls it: torch.compile's wrapper, where there is one."""
+
+    @abstractmethod
+    def cross_attentions(self, denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """All cross-attentions with their names inside the denoiser, in network order. Each has a layer `to_v`."""
+
+    @abstractmethod
+    def layer_groups(self, layers: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        """Names that users may give to `layers=` instead of a list: group name -> the value layers in it.
+
+        Every family has the group "all" besides.
+
+        Args:
+            layers: the names of all value layers.
+        """
+
+    @abstractmethod
+    def short_name(self, layer: str) -> str | None:
+        """A value layer's name, short enough for a plot; None if no layer of this family has such a name."""
+
+    @abstractmethod
+    def text_encoders(self, pipe: Any) -> Mapping[str, nn.Module]:
+        """The modules that turn text into embeddings, under their names in the pipeline."""
+
+    @abstractmethod
+    def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
+        """Text embeddings e, [B, T, K], as the text encoder gives them, on its device and in its dtype.
+
+        Raises:
+            NemoError: the pipeline encodes text in a way that is not supported.
+        """
+
+    @abstractmethod
+    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+        """C, H and W of the latents that the pipeline generates from by default.
+
+        Raises:
+            NemoError: the denoiser needs more than latents, a timestep and a text embedding.
+        """
+
+    @abstractmethod
+    def noise_predictor(self, pipe: Any, num_inference_steps: int, step_index: int) -> NoisePredictor:
+        """The denoiser's call at one step of the schedule. The pipeline and its scheduler stay as they are.
+
+        Args:
+            pipe: the pipeline.
+            num_inference_steps: how many steps the schedule has.
+            step_index: which of them, counted from 0.
+
+        Raises:
+            NemoError: the scheduler is not supported, or the denoiser needs more than latents, a timestep and a text.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, variant: str | None) -> Any:
+        """Load a saved pipeline from a local folder, from safetensors alone; the network is never used.
+
+        Args:
+            folder: the folder.
+            variant: "fp16" if the weights are in `*.fp16.safetensors`, else None.
+        """

@@ -1,0 +1,88 @@
+"""The value layers of a model: found in network order, and refused by name where they cannot be worked with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from nemo_ext.errors import NemoError
+from nemo_ext.models.registry import denoiser_of, family_of
+
+
+def value_layers(model: Any, layers: str | Sequence[str] | None = None) -> dict[str, nn.Linear]:
+    """The value layers of a model: every cross-attention's `to_v`, in network order.
+
+    Args:
+        model: a pipeline or its denoiser.
+        layers: the name of a group of layers, or layer names in any order. Every family has the group "all". None: the
+            group that the family searches by default; for Stable Diffusion that is "down+mid", the layers that the
+            paper searches.
+
+    Returns:
+        Layer name (the module's name inside the denoiser) -> the linear layer, weight [N, K].
+
+    Raises:
+        NemoError: there is no cross-attention, a name is unknown, or a layer cannot be worked with: its projections are
+            fused, `to_v` is not a plain `torch.nn.Linear` (LoRA, quantization), its weights are on the meta device, or
+            the layers read texts of different width.
+    """
+    denoiser = denoiser_of(model)
+    family = family_of(model)
+    found = {
+        f"{name}.to_v": _checked_value_layer(f"{name}.to_v", attention)
+        for name, attention in family.cross_attentions(denoiser)
+    }
+    if not found:
+        raise NemoError(f"{type(denoiser).__name__} has no cross-attention: nothing reads the text")
+    first, reference = next(iter(found.items()))
+    for layer, module in found.items():
+        if module.in_features != reference.in_features:
+            raise NemoError(
+                f"{layer} reads texts {module.in_features} wide, {first} {reference.in_features}: wanted one width"
+            )
+    groups = {**family.layer_groups(tuple(found)), "all": tuple(found)}
+    chosen = family.searched_layers if layers is None else layers
+    if isinstance(chosen, str) and chosen in groups:
+        wanted: Sequence[str] = groups[chosen]
+        if not wanted:
+            raise NemoError(
+                f'the layers "{chosen}" of this model have no cross-attention: choose layers="all" or names'
+            )
+    else:
+        wanted = [chosen] if isinstance(chosen, str) else list(chosen)
+        if not wanted:
+            raise NemoError(f"no layers given: wanted {', '.join(map(repr, groups))} or layer names")
+    for layer in wanted:
+        if layer not in found:
+            raise unknown_layer(layer, found)
+    return {layer: module for layer, module in found.items() if layer in wanted}
+
+
+def unknown_layer(layer: str, known: Mapping[str, Any]) -> NemoError:
+    """The error for a name that is no value layer, with the closest one that is."""
+    close = difflib.get_close_matches(str(layer), known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else f"; it has {', '.join(known)}"
+    return NemoError(f"the model has no value layer '{layer}'{hint}")
+
+
+def _checked_value_layer(layer: str, attention: nn.Module) -> nn.Linear:
+    if getattr(attention, "fused_projections", False):
+        raise NemoError(f"{layer} is fused with to_k: call unfuse_qkv_projections() first")
+    if getattr(attention, "added_kv_proj_dim", None) is not None:
+        raise NemoError(
+            f"{layer}: cross-attentions with added key and value projections "
+            "read the text elsewhere and are not supported"
+        )
+    module = getattr(attention, "to_v", None)
+    # Of the subclasses of nn.Linear only a patched layer is known to keep plain weights.
+    plain = type(module) is nn.Linear or "neuron_scale" in getattr(module, "_buffers", ())
+    if not (isinstance(module, nn.Linear) and plain):
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        hint = ": merge the LoRA into the weights, or unload it" if hasattr(module, "base_layer") else ""
+        raise NemoError(f"{layer} must be a torch.nn.Linear, got {kind}{hint}")
+    if module.weight.is_meta:
+        raise NemoError(f"{layer} has its weights on the meta device (sequential offload?): load them first")
+    return module

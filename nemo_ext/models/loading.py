@@ -1,0 +1,115 @@
+"""Loading a pipeline from a local diffusers folder.
+
+The folder is outside material. Weights are read from safetensors only, because opening a pickle can run code, and
+nothing is fetched from a network. Whatever is wrong is said in one sentence that names the file and the way out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_ext.errors import NemoError
+from nemo_ext.models.family import Family
+from nemo_ext.models.registry import FAMILIES
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Load a pipeline of a known family from a local diffusers folder.
+
+    Args:
+        folder: a folder as a pipeline's `save_pretrained` writes it, with weights in safetensors. If it holds only
+            half-precision weights (`*.fp16.safetensors`), these are read.
+        device: the device that the pipeline is moved to.
+        dtype: the precision that its weights are converted to; float32 by default.
+
+    Returns:
+        The pipeline, without a safety checker and with its progress bars off.
+
+    Raises:
+        NemoError: the folder is missing, is not a pipeline of a known family, holds no safetensors, cannot be read, or
+            holds weights that are not finite.
+    """
+    folder = Path(folder)
+    family = _family_in(folder)
+    variant = _variant_in(folder, family)
+    try:
+        pipe = family.load(folder, variant)
+    except Exception as error:
+        # diffusers and transformers raise anything from KeyError to SafetensorError for a damaged folder.
+        reason = str(error) or type(error).__name__
+        raise NemoError(f"the pipeline in {folder} can't be loaded: {reason}") from error
+    # The dtype is converted here, because the argument for it has another name in every generation of diffusers.
+    pipe = pipe.to(torch.device(device), dtype or torch.float32)
+    for name in family.components:
+        for key, parameter in getattr(pipe, name).named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NemoError(
+                    f"the weights in {folder} aren't finite ({name}.{key} holds NaN or infinity): get an "
+                    "undamaged copy, or load it in float32 if it overflowed in half precision"
+                )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _family_in(folder: Path) -> Family:
+    """The family of the pipeline in a folder, by the class that `model_index.json` names."""
+    if not folder.exists():
+        raise NemoError(f"the model folder {folder} doesn't exist: give the path of a diffusers folder")
+    if not folder.is_dir():
+        raise NemoError(
+            f"{folder} is a file, not a diffusers folder: convert a single checkpoint with "
+            "StableDiffusionPipeline.from_single_file(...).save_pretrained(...)"
+        )
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise NemoError(
+            f"{folder} isn't a diffusers pipeline, it has no model_index.json: give the folder that holds "
+            "unet/, text_encoder/, tokenizer/ and vae/"
+        )
+    try:
+        description = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NemoError(f"{index} can't be read as JSON: {error}") from error
+    kind = description.get("_class_name") if isinstance(description, dict) else None
+    for family in FAMILIES:
+        if kind == family.pipeline_class:
+            return family
+    known = " or ".join(f"a {family.pipeline_class} folder ({family.name})" for family in FAMILIES)
+    raise NemoError(f"{folder} holds a {kind or 'pipeline without a class name'}: give {known}")
+
+
+def _variant_in(folder: Path, family: Family) -> str | None:
+    """The variant of the weights in a folder: "fp16", or None for plain names.
+
+    Raises:
+        NemoError: a component is missing or has no safetensors, or the components are of different variants.
+    """
+    variants = set()
+    for name in family.components:
+        component = folder / name
+        if not component.is_dir():
+            raise NemoError(f"{folder} isn't a whole pipeline, its folder {name}/ is missing: get it again")
+        weights = sorted(file.name for file in component.glob("*.safetensors"))
+        if not weights:
+            pickles = sorted(file.name for file in component.glob("*.bin"))
+            raise NemoError(
+                f"{component} holds "
+                + (f"{pickles[0]} but no safetensors" if pickles else "no weights")
+                + ", and only safetensors are read because opening a pickle can run code: convert it with "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        variants.add("fp16" if all(".fp16" in file for file in weights) else None)
+    if len(variants) > 1:
+        raise NemoError(
+            f"{folder} has some components only as *.fp16.safetensors and others only without: make them all the same"
+        )
+    return variants.pop()

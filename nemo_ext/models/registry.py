@@ -1,0 +1,46 @@
+"""Which family a model belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nemo_ext.errors import NemoError
+from nemo_ext.models.family import Family
+from nemo_ext.models.stable_diffusion import StableDiffusion
+
+#: All families that the package knows. The first that recognizes a model is its family.
+FAMILIES: list[Family] = [StableDiffusion()]
+
+
+def family_of(model: Any) -> Family:
+    """The family of a pipeline or of its denoiser.
+
+    Raises:
+        NemoError: no family recognizes the model.
+    """
+    for family in FAMILIES:
+        if family.recognizes(model):
+            return family
+    raise NemoError(f"wanted a diffusers pipeline with a .unet, or a UNet2DConditionModel, got {type(model).__name__}")
+
+
+def denoiser_of(model: Any) -> nn.Module:
+    """The network of a pipeline that predicts the noise, without torch.compile's wrapper.
+
+    Args:
+        model: a pipeline, or its denoiser, which is then returned itself.
+
+    Raises:
+        NemoError: no family recognizes the model.
+    """
+    denoiser = family_of(model).denoiser(model)
+    original: nn.Module = getattr(denoiser, "_orig_mod", denoiser)
+    return original
+
+
+def short_layer_name(layer: str) -> str:
+    """A value layer's name, short enough for a plot; a name that no family knows stays as it is."""
+    names = (family.short_name(layer) for family in FAMILIES)
+    return next((name for name in names if name is not None), layer)

@@ -1,0 +1,155 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net that reads the text through cross-attention, and one CLIP text encoder."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_ext.errors import NemoError
+from nemo_ext.models.family import Family, NoisePredictor
+
+# `named_modules()` of a U-Net yields the up blocks before the mid block, which is not the order of the network.
+_PARTS = ("down_blocks", "mid_block", "up_blocks")
+_SEARCHED_BY_THE_PAPER = ("down_blocks", "mid_block")
+
+_IN_A_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v")
+_IN_THE_MID_BLOCK = re.compile(r"mid_block\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v")
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x and 2.x, as `StableDiffusionPipeline` with `UNet2DConditionModel`.
+
+    "down+mid" names the value layers of the down blocks and of the mid block, which the paper searches; in Stable
+    Diffusion 1 these are seven layers with 5,760 neurons.
+    """
+
+    name = "Stable Diffusion 1.x or 2.x"
+    pipeline_class = "StableDiffusionPipeline"
+    components = ("unet", "text_encoder", "vae")
+    searched_layers = "down+mid"
+
+    def recognizes(self, model: Any) -> bool:
+        unet = self.denoiser(model)
+        unet = getattr(unet, "_orig_mod", unet)
+        return isinstance(unet, nn.Module) and hasattr(unet, "down_blocks")
+
+    def denoiser(self, model: Any) -> nn.Module:
+        unet: nn.Module = getattr(model, "unet", model)
+        return unet
+
+    def cross_attentions(self, denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for part in _PARTS:
+            block = getattr(denoiser, part, None)
+            if block is not None:
+                for name, module in block.named_modules(prefix=part):
+                    if getattr(module, "is_cross_attention", False):
+                        yield name, module
+
+    def layer_groups(self, layers: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        return {"down+mid": [layer for layer in layers if layer.startswith(_SEARCHED_BY_THE_PAPER)]}
+
+    def short_name(self, layer: str) -> str | None:
+        """`down 0.1` for `down_blocks.0.attentions.1…to_v`; the transformer block is named only if it is not 0."""
+        if match := _IN_A_BLOCK.fullmatch(layer):
+            part, block, attention, transformer = match.groups()
+            return f"{part} {block}.{attention}" + ("" if transformer == "0" else f".{transformer}")
+        if match := _IN_THE_MID_BLOCK.fullmatch(layer):
+            attention, transformer = match.groups()
+            return "mid" if attention == transformer == "0" else f"mid {attention}.{transformer}"
+        return None
+
+    def text_encoders(self, pipe: Any) -> Mapping[str, nn.Module]:
+        return {"text_encoder": pipe.text_encoder}
+
+    def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
+        """Text embeddings, padded to the tokenizer's `model_max_length`; longer text is cut off, with a warning."""
+        if getattr(pipe, "text_encoder_2", None) is not None:
+            raise NemoError(f"{type(pipe).__name__} has several text encoders: SD1 and SD2 have one")
+        tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+        # Without `return_tensors`: transformers would look at every token a second time to make tensors of them.
+        encoded = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
+        _warn_of_truncation(tokenizer, texts, encoded.attention_mask)
+        # diffusers' own pipelines do the same: most CLIP text encoders are used without the mask.
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        hidden: Tensor = encoder(
+            torch.tensor(encoded.input_ids, device=encoder.device),
+            attention_mask=torch.tensor(encoded.attention_mask, device=encoder.device) if masked else None,
+        )[0]
+        return hidden
+
+    def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
+        config = pipe.unet.config
+        _check_unet(config)
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    def noise_predictor(self, pipe: Any, num_inference_steps: int, step_index: int) -> NoisePredictor:
+        """The U-Net at one step of a DDIM schedule, whose noise levels are those of the pipeline's scheduler.
+
+        A prediction v (Salimans and Ho, arXiv 2202.00512) is converted: ε = √ᾱ v + √(1−ᾱ) x.
+        """
+        from diffusers import DDIMScheduler
+
+        unet, device = pipe.unet, pipe.unet.device
+        _check_unet(unet.config)
+        # A scheduler of our own, because `set_timesteps` would change the pipeline's.
+        scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        prediction = scheduler.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            raise NemoError(f"the scheduler's prediction_type must be epsilon or v_prediction, got {prediction}")
+        scheduler.set_timesteps(num_inference_steps)
+        timestep = scheduler.timesteps[step_index].to(device)
+        alpha = scheduler.alphas_cumprod[int(timestep)].to(device)
+
+        def predict(latents: Tensor, hidden: Tensor) -> Tensor:
+            texts = hidden.to(device, unet.dtype).expand(len(latents), -1, -1).contiguous()
+            output = unet(latents.to(unet.dtype), timestep, encoder_hidden_states=texts, return_dict=False)[0]
+            noise: Tensor = output.float()
+            if prediction == "v_prediction":
+                noise = alpha.sqrt() * noise + (1 - alpha).sqrt() * latents
+            return noise
+
+        return predict
+
+    def load(self, folder: Path, variant: str | None) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+
+
+def _check_unet(config: Any) -> None:
+    """Refuse a U-Net that needs more than latents, a timestep and a text embedding, such as SDXL's or inpainting's."""
+    if config.out_channels != config.in_channels:
+        raise NemoError(
+            f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a "
+            "text-to-image model, not inpainting or the like"
+        )
+    if getattr(config, "addition_embed_type", None) is not None:
+        raise NemoError(
+            "the U-Net wants more than a text embedding "
+            f"(addition_embed_type '{config.addition_embed_type}', as in SDXL): SD1 and SD2 are supported"
+        )
+
+
+def _warn_of_truncation(tokenizer: Any, texts: Sequence[str], attention_mask: Sequence[Sequence[int]]) -> None:
+    # Only a row without padding can have been cut, so that most prompts are tokenized only once.
+    full = [text for text, tokens in zip(texts, attention_mask, strict=True) if all(tokens)]
+    cut = [text for text in full if len(tokenizer(text).input_ids) > tokenizer.model_max_length]
+    if cut:
+        others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        # The warning points to this package, which is how the command line recognizes its own.
+        warnings.warn(f"cut to {tokenizer.model_max_length} tokens: '{cut[0]}'{others}", stacklevel=4)

@@ -1,0 +1,51 @@
+"""Prompts, and the text embeddings that the denoiser reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nemo_ext.errors import NemoError
+from nemo_ext.models.registry import family_of
+from nemo_ext.models.state import evaluating
+
+
+def check_prompts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list.
+
+    Raises:
+        NemoError: `prompts` is one text instead of several, or holds something that is not text.
+    """
+    if isinstance(prompts, str):
+        raise NemoError("prompts must be a sequence of texts, got one text")
+    listed = list(prompts)
+    for place, prompt in enumerate(listed):
+        if not isinstance(prompt, str):
+            raise NemoError(f"prompt {place} must be text, got {type(prompt).__name__}")
+    return listed
+
+
+def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings e of prompts, as the denoiser reads them.
+
+    Args:
+        pipe: a pipeline.
+        prompts: B texts. What is longer than the text encoder can read is cut off, with a warning.
+
+    Returns:
+        [B, T, K] in the denoiser's dtype and on its device, without gradients.
+
+    Raises:
+        NemoError: there is no text, something is not text, or the pipeline has several text encoders.
+    """
+    texts = check_prompts(prompts)
+    if not texts:
+        raise NemoError("prompts must have at least one text, got none")
+    family = family_of(pipe)
+    with evaluating(pipe):
+        hidden = family.encode(pipe, texts)
+    # A pipeline that was loaded without a dtype can have a text encoder in half precision and a denoiser in float32.
+    denoiser: Any = family.denoiser(pipe)
+    return hidden.to(denoiser.device, denoiser.dtype)

@@ -1,0 +1,112 @@
+"""Images of a report: small copies as data URIs, and contact sheets."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_ext.errors import NemoError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Longest side, in pixels, of an image in the report: a strip is looked at, the files beside it are the record.
+THUMBNAIL_SIZE = 256
+
+
+def data_uri(image: Path | Image) -> str:
+    """An image as a data URI, made smaller where it is larger than a thumbnail."""
+    picture = open_image(image)
+    buffer = io.BytesIO()
+    if max(picture.size) > THUMBNAIL_SIZE:
+        picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        picture.save(buffer, format="JPEG", quality=90)
+        return as_uri("image/jpeg", buffer.getvalue())
+    picture.save(buffer, format="PNG", optimize=True)
+    return as_uri("image/png", buffer.getvalue())
+
+
+def as_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def open_image(image: Path | Image) -> Image:
+    """An RGB copy of an image, or a sentence about why there is none."""
+    from PIL import Image as images
+
+    if not isinstance(image, (str, Path)):
+        copy: Image = image.convert("RGB").copy()
+        return copy
+    try:
+        with images.open(image) as picture:
+            converted: Image = picture.convert("RGB")
+            return converted
+    except (OSError, ValueError, SyntaxError, images.DecompressionBombError) as error:
+        raise NemoError(f"the image {image} can't be read: {error}") from error
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Path | Image | None]]],
+    *,
+    columns: Sequence[str] = (),
+    size: int = 128,
+) -> Image:
+    """Put images on one sheet, in rows with a name to their left.
+
+    Args:
+        rows: A row's name and its images; None leaves a place empty.
+        columns: Names above the columns.
+        size: Side of an image's place, in pixels.
+
+    Returns:
+        The sheet, an RGB image with a white ground.
+    """
+    from PIL import Image as images
+    from PIL import ImageDraw, ImageFont
+
+    text_size = max(10, size // 10)
+    font = ImageFont.load_default(text_size)
+    gap, margin = max(2, size // 32), max(8, size // 16)
+    line = int(text_size * 1.3)
+    label_width = size + size // 4 if any(name for name, _ in rows) else 0
+    header = line + gap if columns else 0
+    count = max((len(row) for _, row in rows), default=0)
+    sheet = images.new(
+        "RGB",
+        (
+            2 * margin + label_width + count * (size + gap),
+            2 * margin + header + len(rows) * (size + gap),
+        ),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    left = margin + label_width
+    for place, name in enumerate(columns[:count]):
+        draw.text((left + place * (size + gap), margin), name, fill="black", font=font)
+    for number, (name, row) in enumerate(rows):
+        top = margin + header + number * (size + gap)
+        for place, text in enumerate(_wrap(draw, name, label_width - margin, font, size // line)):
+            draw.text((margin, top + place * line), text, fill="black", font=font)
+        for place, image in enumerate(row):
+            if image is None:
+                continue
+            picture = open_image(image).resize((size, size), images.Resampling.LANCZOS)
+            sheet.paste(picture, (left + place * (size + gap), top))
+    return sheet
+
+
+def _wrap(draw: Any, text: str, width: int, font: Any, lines: int) -> list[str]:
+    """Break text into at most `lines` lines of `width` pixels, the last one cut short with an ellipsis."""
+    wrapped: list[str] = []
+    for word in text.split():
+        joined = f"{wrapped[-1]} {word}" if wrapped else word
+        if wrapped and draw.textlength(joined, font=font) <= width:
+            wrapped[-1] = joined
+        else:
+            wrapped.append(word)
+    if len(wrapped) > lines:
+        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1] + " …"]
+    return wrapped

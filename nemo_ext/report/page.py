@@ -1,0 +1,135 @@
+"""The report: one HTML file about some prompts.
+
+The file holds everything in itself (styles, plots, images), needs no JavaScript, loads nothing, and can be sent by
+mail. Prompts are other people's text: they are escaped where they are shown, and no file is ever named after one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_ext.errors import NemoError
+from nemo_ext.files import replacing
+from nemo_ext.models.registry import short_layer_name
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.report.images import data_uri
+from nemo_ext.report.plots import certificate_plot, layer_plot, score_plot
+from nemo_ext.results.folder import ORIGINAL, ResultsFolder, prompt_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from nemo_ext.results.record import Localization
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """Images that go with one prompt; each a path or a PIL image.
+
+    Attributes:
+        original: The training image, where it is known.
+        before: Seed -> image of the untouched model.
+        after: Seed -> image with the found neurons switched off.
+    """
+
+    original: Path | Image | None = None
+    before: Mapping[int, Path | Image] = field(default_factory=dict)
+    after: Mapping[int, Path | Image] = field(default_factory=dict)
+
+
+def find_images(folder: str | Path, localizations: Sequence[Localization]) -> dict[int, PromptImages]:
+    """Find the images that lie beside results, where `ResultsFolder` has them.
+
+    Returns:
+        Position of the localization -> its images; prompts without images are left out.
+    """
+    results = ResultsFolder(folder)
+    found = {}
+    for index, localization in enumerate(localizations):
+        prompt = localization.prompt
+        original = results.images_folder(index, prompt) / ORIGINAL
+        images = PromptImages(
+            original=original if original.is_file() else None,
+            before=results.images(index, prompt, "before"),
+            after=results.images(index, prompt, "after"),
+        )
+        if images.original or images.before or images.after:
+            found[index] = images
+    return found
+
+
+def write_report(
+    path: str | Path,
+    localizations: Sequence[Localization],
+    *,
+    images: Mapping[int, PromptImages] | None = None,
+    title: str = "NeMo report",
+) -> Path:
+    """Write one self-contained HTML file about some prompts.
+
+    Args:
+        path: The HTML file; it appears whole or not at all.
+        localizations: The results, in the order of the report.
+        images: Position in `localizations` -> images of that prompt (see `find_images`).
+        title: The page's title.
+
+    Returns:
+        The path written.
+
+    Raises:
+        NemoError: There are no localizations, an image can't be read, or the file can't be written.
+    """
+    if not localizations:
+        raise NemoError("there is nothing to report: no localization was given")
+    from jinja2 import Environment, StrictUndefined
+
+    images = images or {}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
+    memorized = [found for found in localizations if found.memorized]
+    union = NeuronSet.union(found.neurons for found in memorized)
+    page = environment.from_string(template).render(
+        title=title,
+        total=len(localizations),
+        memorized=len(memorized),
+        silenced=sum(found.silenced for found in memorized),
+        neurons=len(union),
+        layers={layer: len(indices) for layer, indices in union.items()},
+        scores_plot=score_plot(localizations),
+        layers_plot=layer_plot(memorized) if union else None,
+        prompts=[_section(index, found, images.get(index)) for index, found in enumerate(localizations)],
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return Path(path)
+
+
+def _section(index: int, found: Localization, images: PromptImages | None) -> dict[str, Any]:
+    """Everything the template shows of one prompt."""
+    certificate = found.certificate
+    return {
+        "number": index + 1,
+        "anchor": f"prompt-{index + 1}",
+        "name": prompt_name(index, found.prompt),
+        "found": found,
+        "silenced": found.silenced,
+        "neurons": [
+            {"layer": layer, "short": short_layer_name(layer), "indices": list(indices)}
+            for layer, indices in found.neurons.items()
+        ],
+        "protocol": json.dumps(found.protocol.to_dict(), sort_keys=True),
+        "certificate": certificate,
+        "certificate_plot": (certificate_plot(found) if certificate and certificate.each_on else None),
+        "original": data_uri(images.original) if images and images.original else None,
+        "strips": [
+            (name, {seed: data_uri(image) for seed, image in strip.items()})
+            for name, strip in (("before", images.before), ("after", images.after))
+            if strip
+        ]
+        if images
+        else [],
+    }

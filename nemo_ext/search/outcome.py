@@ -1,0 +1,84 @@
+"""What the searches share: the task they are given, and the outcome that they return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.statistics import ActivationStatistics
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.progress import Progress
+from nemo_ext.results.record import Certificate
+from nemo_ext.search.probe import NoiseProbe
+
+
+@dataclass(frozen=True)
+class Task:
+    """One memorized prompt to search.
+
+    Attributes:
+        probe: the prompt's probe, which compares the kept seeds.
+        activations: computes the prompt's activations: layer name -> a, [N] float32, for the searched layers.
+        statistics: μ and σ over ordinary prompts.
+        widths: layer name -> N of the searched layers, in network order.
+        threshold: τ.
+        protocol: how to search.
+        bars: where progress is shown.
+    """
+
+    probe: NoiseProbe
+    activations: Callable[[], Mapping[str, Tensor]]
+    statistics: ActivationStatistics
+    widths: Mapping[str, int]
+    threshold: float
+    protocol: Protocol
+    bars: Progress
+
+    @property
+    def all_neurons(self) -> NeuronSet:
+        """All neurons of the searched layers."""
+        return NeuronSet({layer: range(width) for layer, width in self.widths.items()})
+
+    def floor_note(self, floor: float, threshold: float) -> str:
+        """The note that says why τ was raised to `threshold`: the floor is above it."""
+        return (
+            f"with all {len(self.all_neurons)} searched neurons off the similarity is still {floor:.3f}, "
+            f"above τ = {self.threshold:.3f}: searched with τ = {threshold:.3f}"
+        )
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is left of the candidates.
+
+    Attributes:
+        neurons: the neurons that have to be off.
+        remaining: remaining memorization with them off.
+    """
+
+    neurons: NeuronSet
+    remaining: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found; the fields are those of `Localization`, where they are described."""
+
+    score_after: float | None = None
+    threshold_used: float | None = None
+    neurons: NeuronSet = field(default_factory=NeuronSet)
+    certificate: Certificate | None = None
+    floor: float | None = None
+    notes: tuple[str, ...] = ()
+    theta: float | None = None
+    top_k: int | None = None
+    initial_neurons: NeuronSet = field(default_factory=NeuronSet)
+
+
+def just_below(threshold: float) -> float:
+    """The `stop_above` for trials that have to stay below τ: a number exceeds it exactly if it is τ or more."""
+    return math.nextafter(threshold, -math.inf)

@@ -1,0 +1,178 @@
+"""Runs of the denoiser: which trials share a call, where each call enters the denoiser, and what it all costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_ext.measure.memory import fitting_batch_size, free_bytes
+from nemo_ext.measure.noise import noise_differences
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.score import seed_latents
+from nemo_ext.measure.similarity import similarity
+from nemo_ext.models.registry import family_of
+from nemo_ext.models.state import is_compiled
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.patching.patch import PatchHandle
+from nemo_ext.patching.rows import neurons_off_by_row, scaled_rows
+from nemo_ext.search.cached_rows import CachedRows
+from nemo_ext.search.partial_unet import FULL_RUN, EntryPoints, Row
+
+#: The most memory for cached rows, in bytes: some 40 latents of Stable Diffusion 1 in float32.
+CACHE_BYTES = 4 << 30
+#: The largest share of the memory that is free when a search begins.
+CACHE_SHARE = 0.25
+
+
+class Trial(NamedTuple):
+    """One seed with some neurons off."""
+
+    seed: int
+    neurons: NeuronSet
+
+
+class Run(NamedTuple):
+    """What a run of the denoiser gave for one trial.
+
+    Attributes:
+        trial: the trial.
+        difference: its δ, [1, C, H, W].
+        row: the outputs of modules, for entering the denoiser later.
+    """
+
+    trial: Trial
+    difference: Tensor
+    row: Row
+
+
+class Runs:
+    """All runs of the denoiser for one prompt, in batches, and their count.
+
+    Args:
+        pipe: a pipeline.
+        handle: its patch, with no neuron off. Every method leaves it so.
+        hidden: the prompt's text embedding, [1, T, K].
+        seeds: S ≥ 2.
+        protocol: how to measure.
+        batch_size: latents in one call of the denoiser, at most `seeds`. None: as many as memory allows
+            (`fitting_batch_size`). A compiled denoiser always gets calls of this size; they are filled up with latents
+            whose noise is thrown away.
+        entry_points: where the denoiser can be entered; None: every run is a full run.
+
+    Attributes:
+        latents: x_T of every seed, [S, C, H, W].
+        samples: latents that the denoiser has evaluated so far. A run through a part of it counts as that part's share
+            of FLOPs.
+        compiled: whether the denoiser is compiled.
+
+    Raises:
+        NemoError: there are fewer than two seeds, or the latents are too small to be compared.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        handle: PatchHandle,
+        hidden: Tensor,
+        *,
+        seeds: int,
+        protocol: Protocol,
+        batch_size: int | None = None,
+        entry_points: EntryPoints | None = None,
+    ) -> None:
+        self.protocol = protocol
+        self.latents = seed_latents(pipe, seeds, protocol)
+        self.batch_size = min(seeds, fitting_batch_size(pipe, hidden) if batch_size is None else batch_size)
+        self.samples = 0.0
+        denoiser: Any = family_of(pipe).denoiser(pipe)
+        self.compiled = is_compiled(denoiser)
+        self._pipe = pipe
+        self._handle = handle
+        self._hidden = hidden
+        self._untouched: Tensor | None = None
+        memory = min(CACHE_BYTES, int(CACHE_SHARE * free_bytes(denoiser.device)))
+        self._cache = CachedRows(entry_points, seeds, memory)
+
+    def untouched(self) -> Tensor:
+        """δ of every seed while no neuron is off, [S, C, H, W]; computed at the first use."""
+        if self._untouched is None:
+            differences = []
+            for seeds in torch.arange(len(self.latents)).split(self.batch_size):
+                trials = [Trial(seed, NeuronSet()) for seed in seeds.tolist()]
+                for run in self._call(trials, FULL_RUN, [{}] * len(trials)):
+                    differences.append(run.difference)
+                    self.keep(run)
+            self._untouched = torch.cat(differences)
+        return self._untouched
+
+    def of(self, wanted: Sequence[Trial], ahead: Sequence[Trial] = ()) -> list[Run]:
+        """Run some trials, each from the latest entry point that is possible.
+
+        Args:
+            wanted: the trials.
+            ahead: further trials. Those run along that enter the denoiser where some of `wanted` do, as far as their
+                batch has room.
+
+        Returns:
+            One run for each trial that ran, those of one entry point together.
+        """
+        entries = {trial: self._cache.entry(*trial) for trial in (*wanted, *ahead)}
+        runs: list[Run] = []
+        # In the order in which `wanted` names them, so that every process makes the same calls.
+        for start in dict.fromkeys(entries[trial][0] for trial in wanted):
+            trials = [trial for trial in wanted if entries[trial][0] == start]
+            also = [trial for trial in ahead if entries[trial][0] == start]
+            trials += also[: -len(trials) % self.batch_size]
+            for first in range(0, len(trials), self.batch_size):
+                batch = trials[first : first + self.batch_size]
+                with neurons_off_by_row(self._handle, [trial.neurons for trial in batch]):
+                    runs += self._call(batch, start, [entries[trial][1] for trial in batch])
+        return runs
+
+    def keep(self, run: Run) -> None:
+        """Cache what a run recorded; later trials that differ from it only further down can enter there."""
+        self._cache.keep(*run.trial, run.row)
+
+    def slopes(self, seed: int, layers: Sequence[str]) -> dict[str, Tensor]:
+        """The derivative of a seed's similarity to its untouched δ with respect to each neuron's scale, at s = ½.
+
+        One latent goes forward, and backward, which counts as two more.
+
+        Args:
+            seed: the seed.
+            layers: names of value layers.
+
+        Returns:
+            Layer name -> [N] float32 on the CPU.
+        """
+        scales = {
+            layer: module.weight.new_full((1, module.out_features), 0.5, dtype=torch.float32).requires_grad_()
+            for layer in layers
+            for module in (self._handle.patched_layer(layer),)
+        }
+        untouched = self.untouched()[[seed]]
+        start, row = self._cache.entry_before(seed, layers)
+        # For a compiled denoiser a backward pass would be another compilation.
+        with torch.compiler.set_stance("force_eager"):
+            with scaled_rows(self._handle, scales), self._cache.entering(start, [row]):
+                difference = noise_differences(
+                    self._pipe, self._hidden, self.latents[[seed]], self.protocol, batch_size=1, differentiable=True
+                )
+            value = similarity(untouched, difference, self.protocol)
+            gradients = torch.autograd.grad(value.sum(), list(scales.values()))
+        self.samples += 3 * self._cache.share(start)
+        return {layer: gradient[0].cpu() for layer, gradient in zip(scales, gradients, strict=True)}
+
+    def _call(self, trials: Sequence[Trial], start: int, entering: Sequence[Row]) -> list[Run]:
+        """One call of the denoiser, with the neurons that are off now, from an entry point on."""
+        rows = self.batch_size if self.compiled else len(trials)
+        seeds = [trial.seed for trial in trials]
+        with self._cache.entering(start, entering) as recorded:
+            differences = noise_differences(
+                self._pipe, self._hidden, self.latents[seeds], self.protocol, batch_size=rows
+            )
+        self.samples += rows * self._cache.share(start)
+        return [Run(*parts) for parts in zip(trials, differences.split(1), recorded, strict=True)]

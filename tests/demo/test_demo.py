@@ -1,0 +1,122 @@
+"""The bundled model and `nemo-ext demo`: it memorized, and the search finds where."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from nemo_ext import memorization_score
+from nemo_ext.demo import load_demo_pipeline, original_images, run
+from nemo_ext.demo.captions import MEMORIZED, OBJECTS, TEMPLATES, VERBATIM, compositions, ordinary_captions
+from nemo_ext.demo.run import MODEL, SHOWN, correlation
+from nemo_ext.errors import NemoError
+from nemo_ext.models.layers import value_layers
+from nemo_ext.models.state import model_fingerprint
+from nemo_ext.results.folder import read_results
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return load_demo_pipeline()
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict:
+    return json.loads((MODEL / "figures.json").read_text())
+
+
+def test_bundled_model_is_small_and_without_pickle() -> None:
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".md"}
+
+
+def test_bundled_model_has_the_seven_layers_that_the_paper_searches(pipe: StableDiffusionPipeline) -> None:
+    widths = [layer.out_features for layer in value_layers(pipe).values()]
+    assert widths == [48, 48, 96, 96, 192, 192, 192]
+
+
+def test_bundled_model_loads_in_one_precision_without_being_told() -> None:
+    plain = StableDiffusionPipeline.from_pretrained(MODEL)
+    assert plain.text_encoder.dtype == plain.unet.dtype == plain.vae.dtype == torch.float32
+
+
+def test_every_memorized_caption_has_its_training_images() -> None:
+    assert len(VERBATIM) >= 12
+    assert len(TEMPLATES) == 4
+    assert [len(original_images(what)) for what in MEMORIZED] == [1] * len(VERBATIM) + [len(OBJECTS)] * len(TEMPLATES)
+
+
+def test_memorized_captions_score_above_the_threshold_and_ordinary_ones_mostly_below(
+    pipe: StableDiffusionPipeline, figures: dict
+) -> None:
+    threshold = figures["scores"]["threshold"]
+    assert all(memorization_score(pipe, what.caption).max > threshold for what in MEMORIZED[::5])
+    unseen = [caption for _, caption in ordinary_captions(6, seed=77)]
+    assert sum(memorization_score(pipe, caption).max > threshold for caption in unseen) <= 3
+
+
+def test_figures_belong_to_the_bundled_weights(pipe: StableDiffusionPipeline, figures: dict) -> None:
+    assert figures["model"] == model_fingerprint(pipe)
+
+
+def test_ordinary_captions_do_not_repeat() -> None:
+    captions = [caption for _, caption in ordinary_captions(2000, seed=1)]
+    assert len(set(captions)) == 2000
+    assert not set(captions) & {what.caption for what in MEMORIZED}
+    with pytest.raises(ValueError, match="count"):
+        ordinary_captions(len(compositions()) * 100, seed=1)
+
+
+def test_correlation_is_with_the_nearest_original() -> None:
+    rng = np.random.default_rng(0)
+    first, second = (Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(2))
+    assert correlation(first, [second, first]) == pytest.approx(1.0)
+    assert abs(correlation(first, [second])) < 0.5
+
+
+@pytest.mark.parametrize("own", ["images/holiday.png", "results.jsonl"])
+def test_demo_leaves_a_folder_with_other_files_alone(tmp_path: Path, own: str) -> None:
+    mine = tmp_path / own
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine\n")
+    with pytest.raises(NemoError):
+        run(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "mine\n"
+
+
+@pytest.mark.slow
+def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
+    out = tmp_path / "nemo-demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_ext", "demo", "--out", str(out)], text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Localization" in done.stdout
+    assert "nemo-ext localize" in done.stdout
+    for name in ("contact-sheet.png", "report.html", "statistics.safetensors", "threshold.json", "memorized.txt"):
+        assert (out / name).stat().st_size > 0
+    results = read_results(out)
+    assert [found.prompt for found in results] == [what.caption for what in SHOWN]
+    folders = sorted((out / "images").iterdir())
+    before, after = [], []
+    for what, found, folder in zip(SHOWN, results, folders, strict=True):
+        assert found.memorized
+        assert 0 < len(found.neurons) <= 43  # 5 % of the searched ones
+        own_before, own_after = (
+            [correlation(Image.open(path), original_images(what)) for path in folder.glob(pattern)]
+            for pattern in ("before-*.png", "after-*.png")
+        )
+        assert np.median(own_after) < np.median(own_before) - 0.4
+        before += own_before
+        after += own_after
+    # What the model card claims of all captions, of those shown here.
+    assert np.median(before) >= 0.85
+    assert np.median(after) < 0.3

@@ -1,0 +1,182 @@
+"""Faults planted in the kernels, each of which the emulation must detect. They prove that the other tests would fail.
+
+Each fault names the check that detects it. `check`: the emulation reports an error. `numbers`: results differ from
+those of the sound kernel, in the order of threads that is named. `thread`, `address`: only that sanitizer detects it.
+"""
+
+import functools
+
+import emulation
+import emulation_jobs
+import numpy as np
+import op_cases
+import pytest
+import torch
+from emulation import Fault
+
+pytestmark = [pytest.mark.leg("emulated"), pytest.mark.slow]
+
+KERNEL, LOADER, MAIN_LOOP, EPILOGUE, MERGE = (
+    f"csrc/cuda/{name}.cuh" for name in ("value_projection", "loader", "main_loop", "epilogue", "merge")
+)
+
+FAULTS = {
+    "no barrier between loading and multiplying": (
+        "numbers forward",
+        KERNEL,
+        "        sync_threads();\n        loader.load_next(",
+        "        loader.load_next(",
+    ),
+    "a wait for one copy too few": (
+        "numbers forward",
+        KERNEL,
+        "copy_async_wait<Tile::kStages - 2>()",
+        "copy_async_wait<Tile::kStages - 1>()",
+    ),
+    "a stage filled while it is still read": (
+        "numbers random",
+        KERNEL,
+        "loader.load_next((stage + Tile::kStages - 1) % Tile::kStages);",
+        "loader.load_next(stage);",
+    ),
+    "no bound on the tokens that are read": (
+        "check",
+        LOADER,
+        "first + row - warp_row * kTileTokens < tokens);",
+        "true);",
+    ),
+    "no bound on the neurons that are read": (
+        "check",
+        LOADER,
+        "p_.weight_strides[1], first + row < neurons_);",
+        "p_.weight_strides[1], true);",
+    ),
+    "no bound on the tokens that are written": (
+        "check",
+        EPILOGUE,
+        "if (exists(tile, i)) {\n        Vector",
+        "if (true) {\n        Vector",
+    ),
+    "no zeros behind the last feature": (
+        "check",
+        LOADER,
+        "if (exists && feature + i < p_.in_features)",
+        "if (exists)",
+    ),
+    "rows read with a swizzle that they were not written with": (
+        "numbers forward",
+        MAIN_LOOP,
+        "load_matrices(tokens, hidden + hidden_chunk(",
+        "load_matrices(tokens, hidden + weight_chunk(",
+    ),
+    "the mask ignored": ("numbers forward", EPILOGUE, "(!p_.token_mask ||", "(true ||"),
+    "a prompt too few in a partial": (
+        "numbers forward",
+        MERGE,
+        "(m.batch - 1 - partial) / m.partials + 1",
+        "(m.batch - 1 - partial) / m.partials",
+    ),
+    "sums of a prompt that has several tiles, from the last tile alone": (
+        "numbers forward",
+        EPILOGUE,
+        "if (!is_first) {",
+        "if (false) {",
+    ),
+    "tokens counted over several prompts": (
+        "numbers forward",
+        EPILOGUE,
+        "if (is_first) counted_of_prompt_ = 0;",
+        "",
+    ),
+    "no barrier in the merge": ("numbers forward", MERGE, "  sync_threads();\n  // A prompt", "  // A prompt"),
+    "a barrier that only some threads reach": (
+        "check",
+        MERGE,
+        "moments);\n  }\n  sync_threads();",
+        "moments);\n    sync_threads();\n  }",
+    ),
+    "the running count read where it is written": (
+        "numbers forward",
+        MERGE,
+        "= load_global(m.count_before);",
+        "= load_global(m.count);",
+    ),
+    "no barrier of the warp before the sums are read": (
+        "thread",
+        EPILOGUE,
+        "    sync_warp();\n",
+        "",
+    ),
+    "the running count written by every block": (
+        "thread",
+        MERGE,
+        "if (thread_index() == 0 && block_index_x() == 0) {\n    store_global(m.count,",
+        "if (thread_index() == 0) {\n    store_global(m.count,",
+    ),
+    "a bias written beyond its array": (
+        "address",
+        EPILOGUE,
+        "for (int j = 0; j < kGroup; ++j) {\n      bias[j] =",
+        "for (int j = 0; j < kGroup + 1; ++j) {\n      bias[j] =",
+    ),
+}
+
+
+def jobs(**settings):
+    """Return jobs whose sizes no tile divides, with several rounds of prompts, with aligned rows and without."""
+    made = []
+    for sizes, layout in (((4, 85, 168, 136), "contiguous"), ((4, 77, 17, 40), "offset")):
+        case = op_cases.Case(*sizes, torch.float16, "same", "per_prompt", True, layout)
+        made.append(
+            emulation.projection_job(
+                **op_cases.projection_inputs(case),
+                token_mask=op_cases.token_mask(case),
+                running=op_cases.running_buffers(case.out_features),
+                multiprocessors=2,
+                **settings,
+            )
+        )
+    return made
+
+
+@functools.cache
+def results(fault=None, **settings):
+    """Return the results of all jobs, or the emulation's error."""
+    done = jobs(**settings)
+    try:
+        for job in done:
+            emulation_jobs.run(emulation.module(fault), job)
+    except RuntimeError as error:
+        return str(error)
+    return [
+        emulation.result(job, name).double() for job in done for name in ("values", "activation", "count", "mean", "m2")
+    ]
+
+
+def differ(fault, **settings):
+    """Whether results differ from those of the sound kernel; NaN differs from everything."""
+    got = results(fault, **settings)
+    return any(not np.allclose(one, sound, rtol=1e-4, atol=1e-6) for one, sound in zip(got, results(), strict=True))
+
+
+ORDERS = {"forward": {}, "reverse": {"order": "reverse"}, "random": {"order": "random", "seed": 1}}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_caught(name):
+    leg, *change = FAULTS[name]
+    fault = Fault(*change)
+    if leg == "check":
+        assert isinstance(results(fault), str)
+    elif leg.startswith("numbers"):
+        assert differ(fault, **ORDERS[leg.split()[1]])
+    else:
+        assert not any(differ(fault, **settings) for settings in ORDERS.values())
+        report = emulation.sanitizer_report(leg, jobs(), fault)
+        assert {"thread": "ThreadSanitizer: data race", "address": "epilogue.cuh"}[leg] in report
+
+
+def test_the_sound_kernel_is_found_sound_by_the_same_jobs():
+    assert not any(differ(None, **settings) for settings in ORDERS.values())
+    assert emulation.sanitizer_report("thread", jobs()) == ""
+    assert emulation.sanitizer_report("address", jobs()) == ""

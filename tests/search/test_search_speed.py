@@ -1,0 +1,176 @@
+"""The searches against a plain re-statement of the published one: the same neurons, true certificates, less work."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny_pipeline import Planted, planted_pipeline
+from torch import nn
+
+from nemo_ext.demo import load_demo_pipeline
+from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.statistics import ActivationStatistics, collect_statistics
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.patching.patch import patched
+from nemo_ext.results.record import Localization
+from nemo_ext.search.localizer import Localizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from baseline_search import PlainSearch
+
+SEEDS = 3
+DEMO_THRESHOLD = 0.564
+ROUNDING = 1e-4
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return planted_pipeline()
+
+
+@pytest.fixture(scope="module")
+def statistics(planted: Planted) -> ActivationStatistics:
+    return collect_statistics(planted.pipe, planted.ordinary_prompts)
+
+
+@pytest.fixture
+def plain(planted: Planted, statistics: ActivationStatistics) -> PlainSearch:
+    return PlainSearch(planted.pipe, statistics, threshold=0.5, seeds=SEEDS)
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[StableDiffusionPipeline, ActivationStatistics]:
+    pipe = load_demo_pipeline()
+    captions = [caption for _, caption in ordinary_captions(200, seed=2024)]
+    return pipe, collect_statistics(pipe, holdout_captions(captions, 40, seed=2024))
+
+
+def certificate_holds(found: Localization, plain: PlainSearch) -> bool:
+    """By the plain implementation, which measures everything anew and remembers nothing."""
+    assert found.certificate is not None
+    alone = [found.neurons - NeuronSet({layer: [index]}) for layer, index in found.neurons.pairs()]
+    on_again = [plain.remaining(found.prompt, others) if len(others) else 1.0 for others in alone]
+    return (
+        plain.remaining(found.prompt, found.neurons) <= plain.threshold
+        and all(score >= plain.threshold for score in on_again)
+        and all(row.score <= score + ROUNDING for row, score in zip(found.certificate.each_on, on_again, strict=True))
+        and found.certificate.below_threshold
+        and found.certificate.minimal
+    )
+
+
+class TestPlanted:
+    def test_exhaustive_is_the_plain_search(
+        self, planted: Planted, statistics: ActivationStatistics, plain: PlainSearch
+    ) -> None:
+        expected = plain.search(planted.memorized_prompt)
+        spent = plain.unet_samples
+        localizer = Localizer(planted.pipe, statistics=statistics, threshold=0.5, seeds=SEEDS)
+        found = localizer.localize(planted.memorized_prompt)
+        assert found.neurons == expected == planted.neurons
+        assert found.unet_samples < 0.35 * spent
+
+    @pytest.mark.parametrize("protocol", [Protocol.paper(), Protocol.published_code()], ids=lambda one: one.name)
+    def test_guided_finds_them_as_well(
+        self, planted: Planted, statistics: ActivationStatistics, plain: PlainSearch, protocol: Protocol
+    ) -> None:
+        localizer = Localizer(
+            planted.pipe, statistics=statistics, threshold=0.5, seeds=SEEDS, search="guided", protocol=protocol
+        )
+        found = localizer.localize(planted.memorized_prompt)
+        assert found.neurons == planted.neurons
+        assert certificate_holds(found, plain)
+        assert (found.search, found.theta, found.floor, len(found.initial_neurons)) == ("guided", None, None, 0)
+        again = localizer.localize(planted.memorized_prompt)
+        assert (again.neurons, again.unet_samples) == (found.neurons, found.unet_samples)
+
+    def test_guided_recognises_a_floor_above_the_threshold_and_raises_it(
+        self, statistics: ActivationStatistics
+    ) -> None:
+        """The carriers hold a constant whatever the prompt: no neuron can stop the pattern."""
+        stubborn = planted_pipeline()
+        with torch.no_grad():
+            stubborn.pipe.unet.conv_in.bias[:4] = 1000
+        found, exhaustive = (
+            Localizer(
+                stubborn.pipe,
+                statistics=collect_statistics(stubborn.pipe, stubborn.ordinary_prompts),
+                threshold=0.5,
+                seeds=SEEDS,
+                search=search,
+            ).localize(stubborn.memorized_prompt)
+            for search in ("guided", "exhaustive")
+        )
+        assert found.floor == pytest.approx(exhaustive.floor)
+        assert found.notes == exhaustive.notes
+        assert found.threshold_used == pytest.approx(exhaustive.threshold_used)
+        assert found.certificate is not None
+        assert found.certificate.below_threshold
+        assert found.certificate.minimal
+        assert found.unet_samples < exhaustive.unet_samples
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [2, 14])
+def test_demo_same_neurons_true_certificates_less_work(
+    demo: tuple[StableDiffusionPipeline, ActivationStatistics], which: int
+) -> None:
+    pipe, statistics = demo
+    prompt = MEMORIZED[which].caption
+    plain = PlainSearch(pipe, statistics, DEMO_THRESHOLD, seeds=5)
+    expected = plain.search(prompt)
+    spent = plain.unet_samples
+    exhaustive, guided = (
+        Localizer(pipe, statistics=statistics, threshold=DEMO_THRESHOLD, seeds=5, search=search).localize(prompt)
+        for search in ("exhaustive", "guided")
+    )
+    assert exhaustive.neurons == expected
+    assert exhaustive.unet_samples < 0.4 * spent
+    assert certificate_holds(guided, plain)
+    assert len(guided.neurons) <= len(expected)
+    assert guided.unet_samples < 0.1 * spent
+
+
+class TestCompiled:
+    """With a compiled U-Net a whole search compiles once, and finds the same."""
+
+    @staticmethod
+    def search(backend: Any, search: str) -> None:
+        planted = planted_pipeline()
+        pipe = planted.pipe
+        statistics = collect_statistics(pipe, planted.ordinary_prompts)
+        localizer = Localizer(pipe, statistics=statistics, threshold=0.5, seeds=SEEDS, search=search)
+        pipe.unet = torch.compile(pipe.unet, backend=backend)
+        with patched(pipe):
+            found = localizer.localize(planted.memorized_prompt)
+        assert found.neurons == planted.neurons
+        if search == "exhaustive":
+            assert found.unet_samples % SEEDS == 0  # whole calls of one size
+
+    @pytest.fixture(autouse=True)
+    def _forget_what_was_compiled(self) -> Iterator[None]:
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("search", ["exhaustive", "guided"])
+    def test_once_in_a_whole_search(self, search: str) -> None:
+        compiled = []
+
+        def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> nn.Module:
+            compiled.append(graph)
+            return graph
+
+        self.search(counting, search)
+        assert len(compiled) == 1
+
+    @pytest.mark.slow
+    def test_once_in_a_whole_search_with_inductor(self) -> None:
+        torch._dynamo.utils.counters.clear()
+        self.search("inductor", "exhaustive")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
