@@ -1,1 +1,1 @@
-"""What speed is measured with: see README.md beside this file."""
+"""Measurements of speed. README.md beside this file describes them and has the results."""

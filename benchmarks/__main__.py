@@ -1,7 +1,7 @@
 """Runs the benchmarks one after another and prints one table: `python -m benchmarks [--quick] [NAME…]`.
 
-NAME is ops, statistics, …: the scripts bench_NAME.py of this folder; without one all of them run. Each is a process of
-its own, so that none meets what another has compiled, cached or set.
+NAME selects the script bench_NAME.py of this folder, for example ops or statistics. Without NAME all scripts run. Each
+runs in its own process, so that nothing that one compiles, caches or sets affects another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ FACTS = {*facts_of_run("cpu", 1), "keys"}
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    options.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"the benchmarks to run, of {', '.join(NAMES)} (default: all)"
+    )
     arguments = options.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         options.error(f"NAME must be of {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
@@ -49,19 +51,20 @@ def main() -> int:
 
 
 def environment() -> dict[str, str]:
-    """A script finds packages in its own folder only; the checkout may not be installed."""
+    """Return an environment in which a script finds the package of this checkout even if it is not installed."""
     path = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def results_of(row: Row) -> str:
-    """What was measured; deciles, how often, and on what are in the file only."""
+    """Format what was measured. Deciles, numbers of calls and facts about the run are in the file only."""
     left_out = {*FACTS, *row["keys"].split(), "calls"}
     columns = [name for name in row if name not in left_out and not {"low", "high"} & {*name.split("_")}]
     return ", ".join(f"{name} {rounded(row[name])}" for name in columns if row[name])
 
 
 def rounded(text: str) -> str:
+    """Round a number to four digits, and return any other text unchanged."""
     try:
         return f"{float(text):.4g}"
     except ValueError:

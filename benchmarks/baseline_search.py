@@ -1,9 +1,9 @@
-"""The published search as it is, in plain PyTorch: what the package's searches are compared with.
+"""The published search in plain PyTorch, with which the searches of the package are compared.
 
-At every trial the text is encoded, the U-Net runs twice for every seed and the first output is thrown away, forward
-hooks set neurons to zero, and one neuron is tried at a time; nothing is remembered. So do the scripts published with
-Finding NeMo (arXiv 2406.02366). What is measured is `Protocol.paper()`: first timestep, a generator for each seed, data
-range 1; so the neurons can be compared.
+It works like the scripts that were published with Finding NeMo (arXiv 2406.02366). At every trial the text is encoded,
+the U-Net runs twice for every seed, and its first output is thrown away. Forward hooks set neurons to zero, one neuron
+is tried at a time, and no result is reused. The protocol is `Protocol.paper()`: first timestep, one generator for each
+seed, data range 1. So the neurons can be compared with those of the package.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PAPER = Protocol.paper()
 
 
 class PlainSearch:
-    """The search on one pipeline.
+    """The published search on one pipeline.
 
     Args:
         pipe: an SD1 or SD2 pipeline that is not patched.
-        statistics: of the layers to search.
+        statistics: statistics of the layers to search.
         threshold: τ.
-        seeds: S.
+        seeds: S, the number of seeds.
 
     Attributes:
         unet_samples: latents that the U-Net has evaluated so far.
@@ -49,7 +49,7 @@ class PlainSearch:
         self.latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     def search(self, prompt: str) -> NeuronSet:
-        """The neurons of one prompt; none if it is not memorized."""
+        """Find the neurons of one prompt. If the prompt is not memorized, the set is empty."""
         untouched = self.noise_differences(prompt, {})
         kept = [s for s in range(len(untouched)) if self._score(untouched, s) > self.threshold]
         if not kept:
@@ -58,13 +58,13 @@ class PlainSearch:
         return NeuronSet(self._refine(prompt, untouched, kept, chosen, threshold))
 
     def remaining(self, prompt: str, neurons: Neurons) -> float:
-        """The remaining memorization with some neurons off, measured anew."""
+        """Measure the remaining memorization with some neurons off."""
         untouched = self.noise_differences(prompt, {})
         kept = [s for s in range(len(untouched)) if self._score(untouched, s) > self.threshold]
         return self._remaining(prompt, untouched, kept, neurons)
 
     def noise_differences(self, prompt: str, neurons: Neurons) -> Tensor:
-        """δ of every seed with some neurons off."""
+        """Return δ of every seed with some neurons off, [S, C, H, W]."""
         hidden = self._encode(prompt).expand(len(self.latents), -1, -1)
         scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
         scheduler.set_timesteps(PAPER.num_inference_steps)
@@ -132,6 +132,8 @@ class PlainSearch:
 
 @contextmanager
 def _zeroed(unet: Any, neurons: Neurons) -> Iterator[None]:
+    """Set the values of some neurons to zero for the length of a block, by forward hooks."""
+
     def zero(indices: list[int]) -> Any:
         def hook(module: Any, arguments: Any, values: Tensor) -> Tensor:
             values[:, :, indices] = 0

@@ -1,9 +1,9 @@
-"""A generation of 25 steps: untouched, patched, with neurons switched off, and with hooks that zero the same neurons.
+"""Measures what a patched pipeline costs: 25 steps untouched, patched, with neurons off, and with hooks that zero them.
 
-Run `python benchmarks/bench_generation.py [--device cpu|cuda] [--quick] [--threads N] [--out DIR]`. Verified first: the
-patched pipeline's result is the untouched one's bit for bit, and neurons off give what hooks give. Then all take turns;
-`untouched again` is the same as `untouched`, so that its ratio is noise alone. The scope `value layers` is what of a
-generation patching can change at all, by itself: of the whole it is often too little to be told from noise.
+Run `python benchmarks/bench_generation.py [--device cpu|cuda] [--quick] [--threads N] [--out DIR]`. First the results
+are verified: patching alone must not change a bit, and neurons that are off must give the same as hooks. Then the calls
+alternate. `untouched again` runs the same as `untouched`, so that its ratio shows the noise. The scope `value layers`
+measures these layers alone. They are all that patching can change, and often take less of a generation than the noise.
 """
 
 from __future__ import annotations
@@ -29,26 +29,34 @@ CLIP_TOKENS, CLIP_WIDTH = 77, 768
 
 
 class Model(NamedTuple):
+    """A pipeline, and how it is measured.
+
+    Attributes:
+        pipe: the pipeline.
+        tokens: T, the number of tokens of its texts.
+        arguments: number of images in one call -> arguments of the pipeline.
+        images: the numbers of images in one call that are measured.
+        rounds: how many rounds of generations are measured. A round has one call of each side.
+    """
+
     pipe: StableDiffusionPipeline
     tokens: int
-    #: Images at once -> what the pipeline is called with.
     arguments: Callable[[int], dict[str, Any]]
     images: tuple[int, ...]
-    #: Of generations; a round is one of each side.
     rounds: int
 
 
 def demo(device: str) -> Model:
-    """The bundled model from caption to picture."""
+    """Return the bundled model, from the caption to the image."""
     caption = MEMORIZED[0].caption
     pipe = load_demo_pipeline().to(device)
     return Model(pipe, pipe.tokenizer.model_max_length, lambda images: {"prompt": [caption] * images}, (1, 4), 15)
 
 
 def quarter(device: str) -> Model:
-    """Stable Diffusion 1's U-Net at a quarter of its width, on 32x32 latents, with random weights and texts.
+    """Return Stable Diffusion 1's U-Net with a quarter of its width, 32x32 latents, random weights and random texts.
 
-    Values are 2.7 % of its work, fifteen times the share that they have at full width and 64x64.
+    Its value layers do 2.7 % of its work. This is fifteen times their share at full width and 64x64 latents.
     """
     unet = UNet2DConditionModel(
         sample_size=32, block_out_channels=(80, 160, 320, 320), cross_attention_dim=CLIP_WIDTH, norm_num_groups=16
@@ -68,17 +76,19 @@ def quarter(device: str) -> Model:
 
 
 def with_unet(pipe: StableDiffusionPipeline, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """Return a pipeline with another U-Net and the other components of `pipe`."""
     other = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
 
 
 def twin(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """A pipeline with modules of its own over the very same weights: no side has a better place in memory."""
+    """Return a pipeline with modules of its own that share the weights, so that no side has a better place in RAM."""
     return with_unet(pipe, copy.deepcopy(pipe.unet, {id(weight): weight for weight in pipe.unet.parameters()}))
 
 
 def sides(pipe: StableDiffusionPipeline) -> dict[str, StableDiffusionPipeline]:
+    """Return the pipelines to compare: name -> pipeline."""
     layers = value_layers(pipe, "all")
     neurons = NeuronSet({layer: range(OFF_PER_LAYER) for layer in layers})
     pipes = {name: twin(pipe) for name in ("untouched", "untouched again", "patched", "off", "hooks")}
@@ -90,7 +100,7 @@ def sides(pipe: StableDiffusionPipeline) -> dict[str, StableDiffusionPipeline]:
 
 
 def zeroing(indices: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
-    """A hook that switches neurons off as cheaply as a hook can."""
+    """Return a hook that switches neurons off with as little work as possible."""
 
     def hook(module: nn.Module, inputs: Any, values: Tensor) -> None:
         values.index_fill_(-1, indices, 0)
@@ -99,15 +109,20 @@ def zeroing(indices: Tensor) -> Callable[[nn.Module, Any, Tensor], None]:
 
 
 def verify(results: dict[str, Tensor]) -> None:
+    """Raise an AssertionError if the results of the sides are not as they must be."""
     assert torch.equal(results["untouched"], results["untouched again"]), "a generation differs from run to run"
     assert torch.equal(results["patched"], results["untouched"]), "patching alone has changed the result"
-    # Rounding goes through all the steps; neurons that are off must do much more than that.
+    # Rounding errors grow over the steps. The neurons that are off must have a much larger effect.
     error = (results["off"] - results["hooks"]).abs().max()
     effect = (results["off"] - results["untouched"]).abs().max()
-    assert error < effect / 20, f"neurons off and hooks differ by {error:.2g}, both from untouched by {effect:.2g}"
+    assert error < effect / 20, (
+        f"neurons off and hooks differ by {error:.2g}, and neurons off and untouched by {effect:.2g}"
+    )
 
 
 def generation(model: Model, images: int, steps: int) -> Callable[[StableDiffusionPipeline], Tensor]:
+    """Return a function that generates images with a pipeline."""
+
     def run(pipe: StableDiffusionPipeline) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in range(images)]
         options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "output_type": "pt"}
@@ -118,7 +133,7 @@ def generation(model: Model, images: int, steps: int) -> Callable[[StableDiffusi
 
 
 def projections(model: Model, images: int, steps: int) -> Callable[[StableDiffusionPipeline], Tensor]:
-    """What a generation asks of the value layers: the same text, with and without the prompt, at every step."""
+    """Return a function that calls only the value layers of a pipeline, with the same texts at each step."""
     width = model.pipe.unet.config.cross_attention_dim
     texts = torch.randn(2 * images, model.tokens, width, device=model.pipe.device)
 

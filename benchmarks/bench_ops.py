@@ -1,8 +1,8 @@
-"""The operators against eager PyTorch, torch.compile and the bare GEMM: verified first, then timed in turns.
+"""Compares the operators with eager PyTorch, torch.compile and the matrix product alone: verified first, then timed.
 
-Run `python benchmarks/bench_ops.py --device cpu|cuda [--quick] [--threads N] [--out DIR] [--compare CSV]`.
-Ratios are of medians of calls that alternate, A B C A B C, never of separate runs; benchmarks/README.md says what is
-measured.
+Run `python benchmarks/bench_ops.py --device cpu|cuda [--quick] [--threads N] [--out DIR] [--compare CSV]`. Calls
+alternate, A B C A B C, and a ratio is a ratio of medians of the same run. benchmarks/README.md describes the sides and
+the columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_ext import ops, reference
 TOKENS = 77
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# in_features, the width of the text -> out_features, those of single value layers and of the seven searched ones
+# in_features, the width of the text -> out_features of single value layers, and of the seven searched ones together
 LAYERS = {
     768: (320, 640, 1280, 5760),  # Stable Diffusion 1
     1024: (320, 640, 1280, 5760),  # Stable Diffusion 2
@@ -32,7 +32,7 @@ SHAPES = {  # (batch, in_features, out_features)
     "cuda": [(batch, text, width) for text, widths in LAYERS.items() for width in widths for batch in (8, 64, 256)],
 }
 ONE_THREAD = " on one thread"
-PATIENCE = 6  # seconds of one product: some CPUs have no fast one in half precision
+PATIENCE = 6  # seconds that one product may take: on some CPUs it is slow in half precision
 QUICK_SHAPES = [(8, 768, 640)]
 
 KEYS = ("what", "dtype", "batch", "tokens", "in_features", "out_features")
@@ -43,6 +43,8 @@ SHOWN = (
 
 
 class Inputs(NamedTuple):
+    """The arguments of one call, with the names and shapes of the operators' arguments."""
+
     hidden: Tensor
     weight: Tensor
     scale: Tensor
@@ -52,7 +54,13 @@ class Inputs(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of those compared: what it runs, and whether values and activations come out."""
+    """One of the things that are compared.
+
+    Attributes:
+        call: what it runs.
+        values: whether it returns values.
+        activation: whether it returns activations.
+    """
 
     call: Callable[[Inputs], object]
     values: bool
@@ -62,7 +70,7 @@ class Side(NamedTuple):
 def eager(
     hidden: Tensor, weight: Tensor, scale: Tensor, count: Tensor, mean: Tensor, m2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the operator replaces, written with PyTorch's own operators."""
+    """Do what the operator does with PyTorch's own operators."""
     projected = linear(hidden, weight)
     activation = projected.abs().mean(1, dtype=torch.float32)
     added = activation.shape[0]
@@ -74,7 +82,9 @@ def eager(
 
 
 def sides() -> dict[str, Side]:
-    # Compiled for one shape, as a user's would be after a while; those of earlier shapes are forgotten.
+    """Return the sides that are compared: name -> side."""
+    # The compiled function is for one shape, as in a program that has run for a while. Functions for earlier shapes are
+    # discarded.
     torch.compiler.reset()
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     return {
@@ -98,12 +108,13 @@ def sides() -> dict[str, Side]:
 
 
 def running_buffers(out_features: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty statistics: count, mean and m2."""
     zeros = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), out_features, out_features)]
     return zeros[0], zeros[1], zeros[2]
 
 
 def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> list[Inputs]:
-    """On a GPU so many that its cache has long lost one when its turn comes again; on the CPU one."""
+    """Return one set of inputs on the CPU, and on a GPU so many that its cache evicts a set before its next use."""
     batch, in_features, out_features = shape
     number = 1
     if device == "cuda":
@@ -122,14 +133,14 @@ def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: str) ->
 
 
 def verify(inputs: Inputs) -> None:
-    """The operators against float64: values as exact as a sum in float32 may be, in whatever order it adds up."""
+    """Compare the operators with float64. The bound of the error holds for a float32 sum in any order of its terms."""
     hidden, weight, scale = inputs.hidden, inputs.weight, inputs.scale
     ours, exact = (running_buffers(weight.shape[0], hidden.device.type) for _ in range(2))
     values, activation = ops.value_projection_stats(hidden, weight, None, scale, None, *ours)
     exact_values, exact_activation = reference.value_projection_stats(hidden, weight, None, scale, None, *exact)
     assert values is not None
     assert exact_values is not None
-    # Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019: √K roundings of Σ|e||w|.
+    # √K roundings of Σ|e||w|: Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019.
     size = reference.value_projection(hidden.abs(), weight.abs(), None, scale.abs())
     allowed = math.sqrt(hidden.shape[-1]) * 2**-24 * size + torch.finfo(hidden.dtype).eps * exact_values.abs()
     assert ((values.double() - exact_values).abs() <= allowed).all(), "values are less exact than a sum in float32"
@@ -140,7 +151,7 @@ def verify(inputs: Inputs) -> None:
 
 
 def over(call: Callable[[Inputs], object], inputs: list[Inputs]) -> Call:
-    """`call` of all inputs in a row; on a GPU as one graph, so that its kernels are timed and not Python."""
+    """Return a call of all inputs in a row; on a GPU one CUDA graph, so that kernels are timed and not Python."""
 
     def row() -> None:
         for one in inputs:
@@ -151,7 +162,7 @@ def over(call: Callable[[Inputs], object], inputs: list[Inputs]) -> Call:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        row()  # loads and compiles, which cannot be captured
+        row()  # loading and compiling cannot be captured
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -160,6 +171,8 @@ def over(call: Callable[[Inputs], object], inputs: list[Inputs]) -> Call:
 
 
 def on_one_thread(call: Call) -> Call:
+    """Return a call that runs on one thread and then restores the number of threads."""
+
     def alone() -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -170,17 +183,17 @@ def on_one_thread(call: Call) -> Call:
 
 
 def flop_of(shape: tuple[int, int, int]) -> float:
-    """Operations of the product."""
+    """Return the number of floating-point operations of the product."""
     return 2 * TOKENS * math.prod(shape)
 
 
 def work(flop: float, size: float, row: Row) -> Row:
-    """Speeds of a call that does `flop` operations, and moves `size` bytes if it reads and writes all once."""
+    """Return the speeds of a call with `flop` operations and `size` bytes, if each is read or written once."""
     return {"tflops": flop / row["median_ms"] / 1e9, "gbs": size / row["median_ms"] / 1e6}
 
 
 def measure_ceilings(device: str, quick: bool) -> list[Row]:
-    """A large copy, and for each dtype a large product of matrices: what PyTorch gets out of this machine."""
+    """Measure what PyTorch reaches on this machine: a large copy, and for each dtype a large matrix product."""
     size, side = {("cpu", True): (2**26, 1024), ("cpu", False): (2**28, 2048)}.get((device, quick), (2**30, 8192))
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -199,6 +212,7 @@ def measure_ceilings(device: str, quick: bool) -> list[Row]:
 
 
 def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, seconds: float) -> list[Row]:
+    """Verify and time all sides for one shape and dtype. Return one row for each side."""
     inputs = make_inputs(shape, dtype, device)
     compared = sides()
     calls = {name: over(side.call, inputs) for name, side in compared.items()}
@@ -208,7 +222,7 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
         calls["linear_tf32"] = over(compared["linear"].call, inputs)
         torch.set_float32_matmul_precision("highest")
     if device == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # A faster product than `linear`, which calls MKL.
+        # `linear` calls MKL, and this product is often faster.
         compared["onednn"] = Side(
             lambda i: torch.ops.mkldnn._linear_pointwise(i.hidden, i.weight, None, "none", [], ""), True, False
         )
@@ -235,14 +249,14 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
 
 
 def relate(row: Row, copy: Row, matmuls: list[Row]) -> None:
-    """Adds the shares of the ceilings: of the product in the row's dtype, where it computes, and of the copy."""
+    """Add to a row its speeds as shares of the matrix product in the same dtype and of the copy."""
     matmul = {ceiling["dtype"]: ceiling["tflops"] for ceiling in matmuls}
     row["of_matmul"] = row["tflops"] / matmul.get(row["dtype"], math.inf)
     row["of_copy"] = row["gbs"] / copy["gbs"]
 
 
 def panels(rows: list[Row], matmuls: list[Row]) -> list[Panel]:
-    """A column for each dtype: time over batch where there are most neurons, and for every width of layer TFLOP/s."""
+    """Return one panel per dtype with the time for the most neurons, and one per width and dtype with TFLOP/s."""
     widths = sorted({(row["in_features"], row["out_features"]) for row in rows})
     ceilings = {row["dtype"]: row["tflops"] for row in matmuls}
 

@@ -1,9 +1,9 @@
-"""Localizing the demo's memorized captions: both searches against the published procedure, U-Net samples and time.
+"""Compares both searches with the published procedure, in U-Net samples and time, on the demo's memorized captions.
 
-Run `python benchmarks/bench_search.py [--prompts N] [--quick] [--threads N] [--out DIR] [--compare CSV]`. The plain
-search is baseline_search.py. A caption's three searches run one after the other. Then the results are held against
-each other: the exhaustive search must find the plain one's neurons; and every set must be what its certificate says,
-measured with the plain implementation.
+Run `python benchmarks/bench_search.py [--prompts N] [--quick] [--threads N] [--out DIR] [--compare CSV]`. `plain` is
+the published procedure, in baseline_search.py. The three searches of a caption run one after the other. Then their
+results are checked: the exhaustive search must find the neurons of `plain`, and the plain implementation measures every
+certificate again.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from nemo_ext.results.record import Localization
 from nemo_ext.search.localizer import Localizer
 
 SEARCHES = ("exhaustive", "guided")
-#: How far rounding may move a similarity from one batch to another.
+#: How much a similarity may differ between two batches by rounding.
 ROUNDING = 1e-4
 
 
 def check(found: Localization, plain: PlainSearch) -> None:
-    """The certificate holds, by the plain implementation."""
+    """Raise an AssertionError if the certificate does not agree with the plain implementation."""
     certificate = found.certificate
     assert certificate is not None
     assert found.threshold_used == plain.threshold
     score = plain.remaining(found.prompt, found.neurons)
     if not (certificate.below_threshold and score <= plain.threshold + ROUNDING):
-        raise AssertionError(f"{found.search}, '{found.prompt}': score {score}, above τ = {plain.threshold}")
+        raise AssertionError(f"{found.search}, '{found.prompt}': score {score}, but τ = {plain.threshold}")
     if found.search == "guided":
         assert certificate.minimal
     for row in certificate.each_on:
@@ -43,12 +43,13 @@ def check(found: Localization, plain: PlainSearch) -> None:
         with_it_on = plain.remaining(found.prompt, without) if len(without) else 1.0
         if (row.score >= plain.threshold) != (with_it_on >= plain.threshold) or row.score > with_it_on + ROUNDING:
             raise AssertionError(
-                f"{found.search}, '{found.prompt}', {row.layer} {row.index}: certified {row.score}, is {with_it_on}"
+                f"{found.search}, '{found.prompt}', {row.layer} {row.index}: certificate {row.score}, "
+                f"measured {with_it_on}"
             )
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """Totals, and medians over captions of the ratios."""
+    """Return rows with the totals, and with the medians of the ratios over the captions."""
     found = []
     for what in ("plain", *SEARCHES):
         of_one = [row for row in rows if row["what"] == what]
@@ -67,7 +68,9 @@ def summary(rows: list[Row]) -> list[Row]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--prompts", type=int, default=len(MEMORIZED), metavar="N", help="captions (default: all)")
+    options.add_argument(
+        "--prompts", type=int, default=len(MEMORIZED), metavar="N", help="number of captions (default: all)"
+    )
     run = Run(
         "bench_search",
         options,
@@ -82,7 +85,7 @@ def main() -> None:
     localizers = {
         search: Localizer(pipe, statistics=collected, threshold=threshold, search=search) for search in SEARCHES
     }
-    for localizer in localizers.values():  # find out once where the U-Net can be entered
+    for localizer in localizers.values():  # this finds the entry points of the U-Net once
         localizer.localize(captions[0])
     chosen = [MEMORIZED[2], MEMORIZED[14]] if run.quick else MEMORIZED[: run.arguments.prompts]
     for what in chosen:

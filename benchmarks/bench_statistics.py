@@ -1,8 +1,8 @@
-"""Activation statistics of prompts, text to numbers: `collect_statistics` against a plain loop.
+"""Compares `collect_statistics` with a plain loop, from the text of prompts to their activation statistics.
 
 Run `python benchmarks/bench_statistics.py [--device cpu|cuda] [--quick] [--threads N] [--out DIR] [--compare CSV]`. The
-loop is how the method's published script works: one prompt at a time, one linear layer at a time, all activations kept
-until the end. benchmarks/README.md says what is measured.
+loop works like the published script of the method: it processes one prompt and one linear layer at a time, and keeps
+all activations until the end. benchmarks/README.md describes the measurements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Summary = dict[str, tuple[Tensor, Tensor]]
 
 
 class Components(NamedTuple):
-    """What statistics need of a pipeline."""
+    """The components of a pipeline that statistics need."""
 
     tokenizer: Any
     text_encoder: nn.Module
@@ -36,13 +36,15 @@ class Components(NamedTuple):
 
 
 def demo() -> Any:
+    """Return the bundled pipeline."""
     return load_demo_pipeline()
 
 
 def sd1() -> Components:
-    """Stable Diffusion 1's text encoder and value layers with random weights; the rest of its U-Net has none.
+    """Return Stable Diffusion 1's text encoder and value layers with random weights; its other layers have none.
 
-    Its vocabulary is not at hand: the demo's makes other tokens of a text, and 77 of them like the real one.
+    The tokenizer is the demo's, because Stable Diffusion's vocabulary is not at hand. It makes other tokens of a text,
+    but the same number, 77.
     """
     tokenizer = copy.copy(load_demo_pipeline().tokenizer)
     tokenizer.model_max_length = 77
@@ -72,6 +74,7 @@ MODELS: dict[str, Callable[[], Any]] = {"demo": demo, "sd1": sd1}
 
 
 def load(model: str, device: str) -> Any:
+    """Return a model of `MODELS` whose text encoder and value layers are on a device."""
     pipe = MODELS[model]()
     pipe.text_encoder.to(device)
     for layer in value_layers(pipe, "all").values():
@@ -80,7 +83,7 @@ def load(model: str, device: str) -> Any:
 
 
 def plain_loop(pipe: Any, prompts: list[str], layers: Any = "down+mid") -> Summary:
-    """What `collect_statistics` replaces: layer name -> mean, std."""
+    """Do what `collect_statistics` does, in a plain loop. Return layer name -> (mean, std)."""
     found = value_layers(pipe, layers)
     kept: dict[str, list[Tensor]] = {name: [] for name in found}
     with torch.no_grad():
@@ -100,7 +103,7 @@ def plain_loop(pipe: Any, prompts: list[str], layers: Any = "down+mid") -> Summa
 
 
 def agree(results: dict[str, Any]) -> None:
-    """Both have the same mean and std, but for float32 rounding of activations."""
+    """Raise an AssertionError if mean and std differ by more than the float32 rounding of activations."""
     ours: ActivationStatistics = results["collect"]
     for name, (mean, std) in results["loop"].items():
         torch.testing.assert_close(ours.mean[name], mean.double().cpu(), rtol=1e-4, atol=1e-6)
@@ -108,18 +111,19 @@ def agree(results: dict[str, Any]) -> None:
 
 
 def captions(number: int) -> list[str]:
-    """All different, as far as there are so many."""
+    """Return captions. They are all different as far as there are enough."""
     different = [caption for _, caption in ordinary_captions(min(number, 2304), seed=2024)]
     return (different * math.ceil(number / len(different)))[:number]
 
 
 def measure_time(pipe: Any, model: str, number: int, layers: Any, run: Run) -> None:
+    """Time both sides on a number of captions, and add their rows to the run."""
     prompts = captions(number)
     calls = {
         "loop": lambda: plain_loop(pipe, prompts, layers),
         "collect": lambda: collect_statistics(pipe, prompts, layers=layers),
     }
-    demo = model == "demo"  # the large one takes seconds, and warming up would take as many
+    demo = model == "demo"  # the large model takes seconds, so it is not warmed up
     rounds = (5 if run.quick else 15) if demo else 3 - run.quick
     times = alternate(calls, device=run.device, verify=agree, rounds=rounds, warm_up=demo)
     for what, row in measured(times, baselines=["loop"]).items():
@@ -128,6 +132,7 @@ def measure_time(pipe: Any, model: str, number: int, layers: Any, run: Run) -> N
 
 
 def keys(what: str, model: str, number: int, pipe: Any, layers: Any = "down+mid") -> Row:
+    """Return the columns that identify a measurement."""
     neurons = sum(layer.out_features for layer in value_layers(pipe, layers).values())
     return {"what": what, "model": model, "prompts": number, "neurons": neurons}
 
@@ -158,7 +163,7 @@ def main() -> None:
     del large
     memory = {"collect": (collect_of_demo, (100, 1000) if run.quick else (1000, 10000, 50000))}
     if not run.quick:
-        memory["loop"] = (loop_of_demo, (1000, 10000))  # grows with the prompts, which 10,000 show
+        memory["loop"] = (loop_of_demo, (1000, 10000))  # 10,000 prompts suffice to show that it grows
     for what, (call, numbers) in memory.items():
         for number in numbers:
             peak, _ = peak_memory(call, number, run.device, device=run.device)

@@ -1,6 +1,6 @@
-"""What all benchmarks share: command line, timing in turns, memory, one CSV and plot, comparing with an older run.
+"""What all benchmarks share: command line, timing, peak memory, CSV file, plot, and the comparison with an older run.
 
-A benchmark is a script `bench_NAME.py` in this folder, where Python finds this file when it runs the script:
+A benchmark is a script `bench_NAME.py` in this folder, so that Python finds this file when it runs the script:
 
     from harness import Panel, Run, alternate, measured, parser
 
@@ -11,7 +11,7 @@ A benchmark is a script `bench_NAME.py` in this folder, where Python finds this 
             run.add({"what": what, "prompts": prompts, **row})
     run.finish([Panel("cost against prompts", run.rows, x="prompts")])
 
-`verify` gets what each call returned, by name, and raises where they disagree: nothing is timed that is not right.
+`verify` gets the result of each call by name, and raises an exception if they disagree. So nothing wrong is timed.
 """
 
 from __future__ import annotations
@@ -41,31 +41,43 @@ from nemo_ext.files import replacing
 Row = dict[str, Any]
 Call = Callable[[], object]
 
-# What times can be compared across; commit, date and version of nemo_ext are what a comparison is about.
+# A comparison of times is fair only if these facts are the same. Commit, date and version of nemo_ext may differ.
 CIRCUMSTANCES = ("device", "machine", "threads", "variant", "compiler", "torch", "cuda", "diffusers", "transformers")
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options of every benchmark; `doc` is the script's docstring, its first line says what it measures."""
+    """Return a parser with the options of every benchmark. Its description is the first line of `doc`."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; one keeps other work out of the ratios")
-    parser.add_argument("--quick", action="store_true", help="the smallest measurement that says something")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write BENCHMARK-DEVICE.csv and .png there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument(
-        "--compare", type=Path, metavar="OLDER", help="a CSV of --out's, or with python -m its DIR: print ratios to it"
+        "--threads", type=int, default=1, help="number of CPU threads (default: 1, which other work disturbs least)"
+    )
+    parser.add_argument("--quick", action="store_true", help="run only the smallest useful measurements")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write BENCHMARK-DEVICE.csv and .png to this folder")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLDER",
+        help="print ratios to an older CSV file; with python -m to an older DIR",
     )
     return parser
 
 
 class Run:
-    """One run of a benchmark: its rows, printed and written as they come.
+    """One run of a benchmark. Each of its rows is printed and written as soon as it is added.
 
     Args:
-        name: of the benchmark, and of its files.
-        parser: from `parser`, with options of the benchmark's own where it needs them; see `arguments`.
-        keys: columns that tell measurements apart, the same in every run.
-        shown: further columns that are printed; all are written.
+        name: the name of the benchmark and of its files.
+        parser: the result of `parser`. The benchmark may have added options.
+        keys: the columns that identify a measurement. They are the same in every run.
+        shown: further columns that are printed. All columns are written.
+
+    Attributes:
+        arguments: the parsed options.
+        device: "cpu" or "cuda".
+        quick: whether `--quick` was given.
+        rows: the rows so far.
+        facts: facts about the run, which are written in every row.
     """
 
     def __init__(
@@ -76,10 +88,10 @@ class Run:
         self.quick: bool = self.arguments.quick
         if self.device == "cuda" and (obstacle := cuda_obstacle()):
             parser.error(f"--device cuda: {obstacle}")
-        # Read now, so that a wrong path is said before the work and not after it.
+        # The file is read now, so that a wrong path is an error before the work and not after it.
         self._older = read_csv(self.arguments.compare) if self.arguments.compare else []
         torch.set_num_threads(self.arguments.threads)
-        os.environ["RAYON_NUM_THREADS"] = str(self.arguments.threads)  # the tokenizers', read when they begin
+        os.environ["RAYON_NUM_THREADS"] = str(self.arguments.threads)  # the tokenizers read it when they start
         torch.manual_seed(0)
         self.name = name
         self.keys = tuple(keys)
@@ -90,21 +102,22 @@ class Run:
         print(format_row(dict(zip(self._columns, self._columns, strict=True)), self._columns), flush=True)
 
     def add(self, row: Row) -> None:
-        """Take in one measurement: `keys` and whatever was measured."""
+        """Add one measurement: the columns of `keys`, and what was measured."""
         missing = [key for key in self.keys if key not in row]
         if missing:
             raise ValueError(f"{self.name}: a row must have {', '.join(self.keys)}, got none of {', '.join(missing)}")
         self.rows.append(row)
         print(format_row(row, self._columns), flush=True)
-        if self.arguments.out:  # each time: an hour's run may be stopped
+        if self.arguments.out:  # each time, because a run of an hour may be stopped
             write_csv([self.facts | row for row in self.rows], self.path("csv"))
 
     def path(self, suffix: str) -> Path:
+        """Return the path of a result file."""
         out: Path = self.arguments.out
         return out / f"{self.name}-{self.device}.{suffix}"
 
     def finish(self, panels: Sequence[Panel]) -> None:
-        """Draw the panels, and compare with the older run, if asked to."""
+        """Draw the panels, and compare with the older run, if the options ask for it."""
         if self.arguments.out:
             plot(panels, self.facts, self.path("png"))
         if self._older:
@@ -120,15 +133,18 @@ def alternate(
     rounds: int = 5,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each call, in turns, A B C A B C: other work on the machine falls on all alike.
+    """Time calls that alternate, A B C A B C, so that other work on the machine affects all of them alike.
 
     Args:
         calls: name -> what to call.
-        device: where they run; on "cuda" a call's time ends when the GPU has done its work.
-        verify: gets name -> result of the first round; raises where one is wrong.
-        seconds: go on for as long as this,
-        rounds: and for as many rounds.
-        warm_up: leave the first round out. False where a call takes minutes, and warming up a fraction of it.
+        device: where the calls run. On "cuda" the time of a call ends when the GPU has finished its work.
+        verify: gets name -> result of the first round, and raises an exception if a result is wrong.
+        seconds: the least time to continue.
+        rounds: the least number of rounds.
+        warm_up: whether the first round is left out. It need not be if a call takes much longer than warming up.
+
+    Returns:
+        Name -> milliseconds of each call.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     first = {}
@@ -148,7 +164,7 @@ def alternate(
 
 
 def timed(call: Call, device: str = "cpu") -> tuple[float, object]:
-    """Milliseconds of a call, and what it returned."""
+    """Return the milliseconds that a call took, and its result."""
     if device == "cpu":
         before = time.perf_counter()
         result = call()
@@ -162,10 +178,17 @@ def timed(call: Call, device: str = "cpu") -> tuple[float, object]:
 
 
 def measured(times: Mapping[str, Sequence[float]], baselines: Sequence[str] = ()) -> dict[str, Row]:
-    """Columns for what `alternate` gave: name -> calls, median_ms, low_ms, high_ms; low and high are deciles.
+    """Return columns for the times that `alternate` returned.
 
-    For each baseline B also over_B, its median over this one's: above 1 is faster than B. over_B_low and over_B_high
-    are the deciles of the ratio round by round: how far noise moves it.
+    Args:
+        times: name -> milliseconds of each call.
+        baselines: names in `times` to compare with.
+
+    Returns:
+        Name -> columns. `calls` is the number of calls. `median_ms`, `low_ms` and `high_ms` are the median, the first
+        and the last decile of the times. For each baseline B, `over_B` is the median of B divided by the median of this
+        name: above 1, this name is faster. `over_B_low` and `over_B_high` are the deciles of the ratios of single
+        rounds, and show the noise.
     """
     rows = {}
     for name, of_one in times.items():
@@ -180,7 +203,7 @@ def measured(times: Mapping[str, Sequence[float]], baselines: Sequence[str] = ()
 
 
 def deciles(values: Sequence[float]) -> tuple[float, float]:
-    """What a tenth of the values is below, and what a tenth is above."""
+    """Return the first and the last decile of some values."""
     if len(values) == 1:
         return values[0], values[0]
     low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
@@ -188,14 +211,17 @@ def deciles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_memory(call: Callable[..., Any], *arguments: Any, device: str = "cpu") -> tuple[int, Any]:
-    """The most bytes that `call(*arguments)` had at one time, in a process of its own, and what it returned.
+    """Run `call(*arguments)` in a separate process, and return its peak memory in bytes and its result.
 
-    On the CPU all of the process, PyTorch included: compare two calls; on CUDA what PyTorch has allocated there.
+    On the CPU this is the memory of the whole process, PyTorch included, so compare two calls. On CUDA it is what
+    PyTorch has allocated on the GPU.
 
     Args:
-        call: a function at the top level of the script; it and its arguments are pickled.
+        call: a function at the top level of the script. It and its arguments are pickled.
+        arguments: its arguments.
+        device: where it runs.
     """
-    # A new interpreter: a fork would begin with all that this process has.
+    # This starts a new interpreter. A fork would start with the memory of this process.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_with_peak, call, arguments, device, torch.get_num_threads()).result()
 
@@ -207,16 +233,16 @@ def _with_peak(call: Callable[..., Any], arguments: tuple[Any, ...], device: str
     if device == "cuda":
         return torch.cuda.max_memory_allocated(), result
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts what the parent had when it started this process
+    if status.exists():  # getrusage would also count the memory of the parent at the start
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1]), result
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), result
 
 
 class Panel(NamedTuple):
-    """A plot of `rows`: `y` over `x` for each value of `series`.
+    """A plot of `rows`: `y` over `x`, with one line for each value of `series`.
 
-    Lines between logarithmic axes; or points where `x` is text, with the deciles that `measured` gives a ratio.
+    The axes are logarithmic. If `x` is text, there are points instead of lines, with the deciles of a ratio.
     """
 
     title: str
@@ -227,7 +253,7 @@ class Panel(NamedTuple):
 
 
 def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
-    """All panels in one picture, three in a row."""
+    """Draw all panels in one picture, three in each row, and write it to `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,7 +271,7 @@ def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     names = dict.fromkeys(row[panel.series] for panel in panels for row in panel.rows)
-    colors = {name: f"C{place}" for place, name in enumerate(names)}  # the same in every panel
+    colors = {name: f"C{place}" for place, name in enumerate(names)}  # a name has the same color in every panel
     for axis, panel in zip(axes.flat, panels, strict=False):
         rows = [row for row in panel.rows if row.get(panel.y) not in (None, "")]
         texts = any(isinstance(row[panel.x], str) for row in rows)
@@ -275,16 +301,16 @@ def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
 
 
 def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
-    """What tells a row from the others; as text, which a file gives back as it was."""
+    """Return the values that identify a row, as text, so that they equal those read from a file."""
     return tuple(str(row.get(name, "")) for name in names)
 
 
 def compare(rows: Sequence[Row], older: Sequence[Row], column: str = "median_ms") -> None:
-    """Print, for each measurement of both runs, the older one's `column` over this one's: above 1 is faster now."""
+    """Print, for each measurement of both runs, the older `column` divided by the new one: above 1 is faster now."""
     for fact in CIRCUMSTANCES:
         now, then = str(rows[0][fact]), older[0].get(fact, "")
         if now != then:
-            print(f"warning: {fact} was '{then}' and is '{now}': the ratios are not of the code alone")
+            print(f"warning: {fact} was '{then}' and is '{now}', so the ratios show more than the change of the code")
     names = rows[0]["keys"].split()
     before = {key(row, names): row for row in older if row.get(column)}
     columns = (*names, "then", "now", "then/now")
@@ -302,7 +328,7 @@ def compare(rows: Sequence[Row], older: Sequence[Row], column: str = "median_ms"
 
 
 def format_row(row: Row, columns: Sequence[str]) -> str:
-    """One line of a table."""
+    """Return one line of a table."""
     cells = []
     for column in columns:
         value = row.get(column, "")
@@ -312,6 +338,7 @@ def format_row(row: Row, columns: Sequence[str]) -> str:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write rows to a CSV file that has all of their columns."""
     columns = dict.fromkeys(column for row in rows for column in row)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(columns))
@@ -320,11 +347,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
+    """Read the rows of a CSV file. All values are text."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def facts_of_run(device: str, threads: int) -> Row:
+    """Return facts about a run: date, commit, machine, versions and build."""
     build = _module.build_facts()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -342,12 +371,13 @@ def facts_of_run(device: str, threads: int) -> Row:
 
 
 def cuda_obstacle() -> str | None:
-    """Why the operators cannot run on a GPU here, in one sentence; None where they can."""
+    """Return why the operators cannot run on a GPU here, or None if they can."""
     gpus = info.gpus()
     return info.cuda_obstacle(_module.build_facts(), gpus[0]) if gpus else f"torch {torch.__version__} sees no GPU"
 
 
 def cpu_name() -> str:
+    """Return the name of the CPU."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -355,7 +385,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Of this checkout, with "-dirty" where it was changed; empty outside of one."""
+    """Return the commit of this checkout, with "-dirty" if files were changed; outside of a checkout an empty text."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -1,9 +1,9 @@
-"""Static measurements of the compiled CUDA kernels, which need no GPU, and the bounds of their speed.
+"""Measures the compiled CUDA kernels statically, without a GPU, and computes the bounds of their speed.
 
-Run `python benchmarks/kernel_limits.py [--write]`. It measures the machine code of the installed extension, which is
-what ships: registers and local memory by cuobjdump, the main loop by nvdisasm, bank conflicts in shared memory by
-cuxray. The bounds follow from the tile sizes of csrc/cuda/plan.h, as docs/kernels.md derives them. `--write` updates
-the tables there.
+Run `python benchmarks/kernel_limits.py [--write]`. It reads the machine code of the installed extension: registers and
+local memory with cuobjdump, the main loop with nvdisasm. The bounds follow from the tile sizes of csrc/cuda/plan.h, as
+docs/kernels.md derives them. `--write` updates the tables there. Tests also call `bank_conflicts`, which finds bank
+conflicts in shared memory with cuxray.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 ELEMENTS = {"f": "float32", "BFloat16": "bfloat16", "Float16": "float16"}
 SIXTEEN_BITS = {"bfloat16", "float16"}
 SHAPES = ("wide", "medium", "narrow", "strided")
-REGISTERS = 65536  # per multiprocessor, on every architecture here
-BATCH, TOKENS = 64, 77  # in the traffic table
+REGISTERS = 65536  # per multiprocessor, on every architecture below
+BATCH, TOKENS = 64, 77  # the call in the traffic table
 TILE_TOKENS = 80  # csrc/cuda/plan.h, `kTileTokens`
 MERGE_REGISTER_BUDGET = REGISTERS // (4 * 256)  # csrc/cuda/merge.cuh: four blocks of 256 threads
 
@@ -82,7 +82,7 @@ class Tile:
         stages = 3 if self.shape == "wide" else 4
         return stages * (self.tokens + self.neurons) * 64 + 3 * self.warp_rows * self.neurons * 4
 
-    # The next three are for 32 bytes of in_features, the depth of one mma.
+    # The next three properties are for 32 bytes of in_features, the depth of one mma.
     @property
     def flops(self) -> int:
         return 2 * self.tokens * self.neurons * 32 // self.element_size
@@ -102,7 +102,7 @@ class Gpu:
 
     name: str
     architecture: str
-    flops: dict[int, float]  # of the tensor cores, dense, by element size; for 4 bytes in tf32
+    flops: dict[int, float]  # dense rate of the tensor cores: bytes of an element -> FLOP; 4 bytes are tf32
     shared_bytes: float = 128
 
 
@@ -169,6 +169,7 @@ def tool(name: str) -> str:
 
 
 def run(*command: str | Path, **environment: str) -> str:
+    """Run a command, with additions to the environment, and return its standard output."""
     done = subprocess.run(
         [str(part) for part in command], env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
@@ -186,7 +187,7 @@ def machine_code(folder: Path) -> dict[str, Path]:
     found = {re.search(r"sm_\w+", file.name)[0]: file for file in sorted(folder.glob("*.cubin"))}  # type: ignore[index]
     if not found:
         raise FileNotFoundError(
-            "this build of nemo_ext has no CUDA kernels: install it again with NEMO_EXT_CUDA=1 and a CUDA toolkit"
+            "this build of nemo_ext has no CUDA kernels: install a CUDA toolkit and build again with NEMO_EXT_CUDA=1"
         )
     return dict(sorted(found.items(), key=lambda item: int(item[0][3:].rstrip("af"))))
 
@@ -207,11 +208,13 @@ def main_loop(instructions: list[tuple[int, str]], labels: dict[str, int]) -> Co
 
 
 def opcode(text: str, modifiers: bool = False) -> str:
+    """Return the opcode of an instruction, without its predicate, and without its modifiers unless asked for."""
     name = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
     return name if modifiers else name.split(".")[0]
 
 
 def kernels_of(architecture: str, cubin: Path) -> list[Kernel]:
+    """Return the kernels in a file of machine code."""
     resources = re.findall(
         r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)",
         run(tool("cuobjdump"), "--dump-resource-usage", cubin),
@@ -258,6 +261,7 @@ def bank_conflicts(cubin: Path, kernel: Kernel) -> dict[str, int]:
 
 
 def compiled() -> list[Kernel]:
+    """Return all kernels of the installed extension."""
     with tempfile.TemporaryDirectory() as folder:
         found = machine_code(Path(folder))
         return [kernel for architecture, cubin in found.items() for kernel in kernels_of(architecture, cubin)]
@@ -337,12 +341,14 @@ def measurements_table(kernels: list[Kernel]) -> str:
 
 
 def nvcc_version() -> str:
+    """Return the compiler of the installed extension's CUDA kernels."""
     from nemo_ext import _module
 
     return str(_module.build_facts()["cuda"])
 
 
 def write(name: str, text: str) -> None:
+    """Replace one table in docs/kernels.md."""
     document = DOCUMENT.read_text()
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
     assert re.search(pattern, document, re.S), f"{DOCUMENT.name} has no table {name}"

@@ -10,5 +10,6 @@ import lazy_loader
 
 __version__ = version("nemo_ext")
 
-# The public names stand in `__init__.pyi`, and load at their first use: `nemo-ext --help` must not wait for torch.
+# The public names are listed in `__init__.pyi` and imported at their first use, because importing torch takes seconds
+# and `nemo-ext --help` does not need it.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

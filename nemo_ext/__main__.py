@@ -1,4 +1,4 @@
-"""`python -m nemo_ext`: the same as the `nemo-ext` command."""
+"""`python -m nemo_ext` runs the `nemo-ext` command."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""The `nemo-ext` command line: the parser, built from the commands of `nemo_ext/commands/`, and the exit codes.
+"""The `nemo-ext` command line: the parser, which is built from the commands in `nemo_ext/commands/`, and exit codes.
 
-Every command checks all that it was given before it starts to work, says what is wrong in one sentence on
-stderr, and leaves no half-written file. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+Every command checks its arguments before it starts a long computation, reports an error as one sentence on stderr, and
+writes files atomically. Exit codes: 0 success, 1 error, 2 wrong usage, 130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from nemo_ext.errors import NemoError
 DESCRIPTION = """\
 Find the neurons that make a text-to-image diffusion model replicate a training image, and switch them off.
 
-The order of work, on a diffusers folder of a Stable Diffusion 1.x or 2.x model:
+These are the steps for a diffusers folder of a Stable Diffusion 1.x or 2.x model. Steps 1 and 2 are needed only
+once per model:
 
-  1. nemo-ext stats      how the neurons react to ordinary captions      -> stats.safetensors
-  2. nemo-ext threshold  above which score a prompt counts as memorized  -> threshold.json
-  3. nemo-ext localize   which neurons carry a prompt's training image   -> results/
-  4. nemo-ext generate   images with these neurons off, beside before    -> images/
-  5. nemo-ext report     all of it on one HTML page                      -> report.html
+  1. nemo-ext stats      measure how each neuron reacts to ordinary captions  -> stats.safetensors
+  2. nemo-ext threshold  measure the threshold for memorized prompts          -> threshold.json
+  3. nemo-ext localize   find the neurons that carry a prompt's image         -> results/
+  4. nemo-ext generate   generate images with these neurons on and off        -> images/
+  5. nemo-ext report     show all results on one HTML page                    -> report.html
 
-`nemo-ext demo` goes the whole way on a small bundled model, offline. Steps 1 and 2 are done once per model.
+`nemo-ext demo` runs all steps on a small bundled model, offline.
 """
 
 EPILOG = """\
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
-`nemo-ext COMMAND --help` says what a command reads and writes, with an example.
+Exit codes: 0 success, 1 error, 2 wrong usage, 130 stopped with Ctrl-C.
+`nemo-ext COMMAND --help` describes what a command reads and writes, and gives an example.
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, as all other errors of `nemo-ext` are."""
+    """A parser that reports an error as one sentence, as `nemo-ext` does for all other errors."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; what it parses holds the chosen command's `run` and `when_stopped`."""
+    """Build the parser. Its result has the chosen command's `run` and `WHEN_STOPPED` as `run` and `when_stopped`."""
     parser = _Parser(
         prog="nemo-ext",
         description=DESCRIPTION,
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--version", action="version", version=f"nemo-ext {__version__}", help="show the version and exit"
+        "--version", action="version", version=f"nemo-ext {__version__}", help="print the version and exit"
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         subparser.set_defaults(run=command.run, when_stopped=command.WHEN_STOPPED)
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.add_argument("--debug", action="store_true", help="print the traceback if there is an error")
         command.add_arguments(subparser)
     return parser
 
@@ -73,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one `nemo-ext` command line.
 
     Args:
-        argv: The arguments after the program's name; those of the process by default.
+        argv: the arguments after the program's name; None: the arguments of the process.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+        The exit code: 0 success, 1 error, 2 wrong usage, 130 stopped with Ctrl-C.
     """
     try:
         args = build_parser().parse_args(argv)
@@ -84,21 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return request.code if isinstance(request.code, int) else 0
     try:
         with warnings.catch_warnings():
-            _tell_own_warnings(args)
+            _print_own_warnings(args)
             args.run(args)
     except KeyboardInterrupt:
-        _complain(args, args.when_stopped.format(**vars(args)))
+        _print_message(args, args.when_stopped.format(**vars(args)))
         return 130
     except Exception as error:
         if args.debug:
             raise
-        _complain(args, _reason(error))
+        _print_message(args, _reason(error))
         return 1
     return 0
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, for the user; an error that nobody expected is named with its type."""
+    """The message for the user. For an unexpected exception it begins with the exception's type."""
     if isinstance(error, NemoError):
         return str(error)
     if isinstance(error, OSError):
@@ -106,16 +107,16 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error) or 'no message'}; run again with --debug for the traceback"
 
 
-def _tell_own_warnings(args: argparse.Namespace) -> None:
-    """Show the package's own warnings as sentences, and no other library's."""
+def _print_own_warnings(args: argparse.Namespace) -> None:
+    """Print warnings of this package as sentences, and hide warnings of other libraries."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        _complain(args, f"warning: {message}")
+        _print_message(args, f"warning: {message}")
 
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=UserWarning, module="nemo_ext")
     warnings.showwarning = show
 
 
-def _complain(args: argparse.Namespace, message: str) -> None:
+def _print_message(args: argparse.Namespace, message: str) -> None:
     print(f"nemo-ext {args.command}: {plain(message)}", file=sys.stderr)

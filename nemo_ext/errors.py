@@ -1,9 +1,9 @@
-"""The one exception that the package raises on purpose."""
+"""The exception that the package raises for mistakes that the caller can correct."""
 
 
 class NemoError(ValueError):
-    """Something the caller can put right; the message says what, what was wanted and what came.
+    """An error that the caller can correct. Its message says what is wrong, what was expected and what was received.
 
-    The command line prints the message alone and exits with 1. Anything else that escapes from the
-    package is a bug.
+    The command line prints the message without a traceback and exits with code 1. Any other exception that leaves the
+    package is a bug, except for the errors that `nemo_ext.ops` documents.
     """

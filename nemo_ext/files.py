@@ -1,4 +1,4 @@
-"""The user's disk: writing files whole or not at all, reading prompts, and checks before the work begins."""
+"""The user's files: atomic writes, reading prompts, and checks of paths before a long computation starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from nemo_ext.errors import NemoError
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to, and move it to `path` when all went well.
+    """Write a file atomically: the block writes a temporary file, which then replaces `path`.
 
-    The folder is made if it is missing. After an exception `path` is as it was and the temporary
-    file is gone.
+    If the block raises an exception, `path` stays unchanged and the temporary file is deleted.
+
+    Args:
+        path: the file; its folder is created if it is missing.
+
+    Yields:
+        The path of the temporary file, in the same folder as `path`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -28,39 +33,50 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read prompts from a UTF-8 text file, one a line; blank lines are skipped, nothing else is special.
+    """Read prompts from a UTF-8 text file with one prompt per line.
+
+    Blank lines are skipped, and whitespace around a prompt is removed. No other character has a special meaning.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The prompts, in the order of the file.
 
     Raises:
-        NemoError: The file is missing, can't be read, isn't UTF-8 text, or holds no prompt.
+        NemoError: the file does not exist, cannot be read, is not UTF-8 text, or contains no prompt.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise NemoError(f"the prompt file {path} doesn't exist: write one prompt a line") from error
+        raise NemoError(f"the prompt file {path} doesn't exist: write a text file with one prompt per line") from error
     except UnicodeDecodeError as error:
         raise NemoError(
-            f"the prompt file {path} isn't UTF-8 text (byte {error.start}): save it as UTF-8, one prompt a line"
+            f"the prompt file {path} isn't UTF-8 text (byte {error.start}): save it as UTF-8, with one prompt per line"
         ) from error
     except OSError as error:
         raise NemoError(f"the prompt file {path} can't be read: {error.strerror or error}") from error
     prompts = [line.strip() for line in text.split("\n")]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise NemoError(f"the prompt file {path} is empty: write one prompt a line")
+        raise NemoError(f"the prompt file {path} is empty: write one prompt per line")
     return prompts
 
 
 def check_input_file(path: str | Path, what: str, source: str) -> Path:
-    """Make sure that there is a file to read at `path`.
+    """Check that `path` is a file that can be read.
 
     Args:
-        path: The file.
-        what: What it should hold, for the message.
-        source: Where such a file comes from, for the message.
+        path: the file.
+        what: what the file should contain; for the message.
+        source: the command that writes such a file; for the message.
+
+    Returns:
+        `path` as a `Path`.
 
     Raises:
-        NemoError: There is none, or it can't be read.
+        NemoError: there is no such file, or this user has no permission to read it.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,14 +87,19 @@ def check_input_file(path: str | Path, what: str, source: str) -> Path:
 
 
 def check_output_file(path: str | Path, *, suffixes: tuple[str, ...] = ()) -> Path:
-    """Make sure that a file can be written at `path`, before hours of work go into it.
+    """Check that a file can be written at `path`, so that a long computation does not fail at its end.
+
+    Nothing is created or changed. The folder of the file may be missing.
 
     Args:
-        path: The file to be written later; nothing is touched, and missing folders are no hindrance.
-        suffixes: Allowed endings, such as `(".json",)`; empty allows all.
+        path: the file that will be written.
+        suffixes: the allowed endings, such as `(".json",)`; an empty tuple allows every ending.
+
+    Returns:
+        `path` as a `Path`.
 
     Raises:
-        NemoError: `path` is a folder, its ending is wrong, or its folder can't be written to.
+        NemoError: `path` is a folder, its ending is not allowed, or its folder cannot be written to.
     """
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
@@ -90,17 +111,25 @@ def check_output_file(path: str | Path, *, suffixes: tuple[str, ...] = ()) -> Pa
 
 
 def check_output_folder(path: str | Path) -> Path:
-    """Make sure that files can be written into the folder `path`, which may not exist yet.
+    """Check that files can be written into the folder `path`, which does not have to exist.
+
+    Nothing is created or changed.
+
+    Args:
+        path: the folder.
+
+    Returns:
+        `path` as a `Path`.
 
     Raises:
-        NemoError: `path` or one of its parents is a file, or can't be written to.
+        NemoError: `path` or one of its parents is a file, or this user has no permission to write there.
     """
     path = Path(path)
     nearest = path
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise NemoError(f"{path} can't be written to, {nearest} is a file: give the name of a folder")
+        raise NemoError(f"{path} can't be written to, because {nearest} is a file: give the name of a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise NemoError(f"{path} can't be written to: no permission to write in {nearest}")
     return path

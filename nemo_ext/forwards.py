@@ -1,4 +1,4 @@
-"""Other forwards for modules, for the length of a block."""
+"""Replacing the forward methods of modules for the length of a block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-#: A module's forward, or what stands in its place.
+#: A module's forward method, or a function that replaces it.
 Forward = Callable[..., Any]
 
 
@@ -16,13 +16,13 @@ Forward = Callable[..., Any]
 def replaced_forwards(
     modules: Mapping[str, nn.Module], replacement: Callable[[str, Forward], Forward]
 ) -> Iterator[None]:
-    """Put another forward in the place of each module's own, and put the own ones back after the block.
+    """Replace the forward method of each module, and restore the original ones after the block.
 
-    Unlike a hook this can leave the module's own forward out. An exception in the block changes nothing about that.
+    Unlike a hook, a replacement can skip the original forward. The originals are restored after an exception too.
 
     Args:
-        modules: the modules, under names of the caller's choice.
-        replacement: called with each module's name and its forward; returns the forward that takes its place.
+        modules: name -> module; the caller chooses the names.
+        replacement: a function that receives a module's name and its forward, and returns the replacement.
     """
     before = {name: vars(module).get("forward") for name, module in modules.items()}
     try:

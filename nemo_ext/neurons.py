@@ -20,28 +20,29 @@ Neuron = tuple[str, int]
 
 
 def _network_order(layer: str) -> list[tuple[int, int, str]]:
-    # Numbers in names count as numbers: "transformer_blocks.10" comes after "transformer_blocks.9". For a U-Net this is
-    # the order of the network, because down < mid < up is alphabetical.
+    # Digits are compared as numbers, so "transformer_blocks.10" comes after "transformer_blocks.9". For a U-Net the
+    # result is the order of the network, because "down" < "mid" < "up" is alphabetical.
     parts = re.split(r"(\d+)", layer)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 class NeuronSet(Mapping[str, tuple[int, ...]]):
-    """An immutable set of neurons, read as a mapping of layer name -> sorted neuron indices.
+    """An immutable set of neurons, which can be read as a mapping: layer name -> sorted neuron indices.
 
-    Layers come in the order of their names, numbers in them as numbers: in a U-Net this is down, mid, up, the order of
-    the network. Layers without a neuron are left out.
+    A neuron is one row of a value layer's weight (docs/method.md). Layers are sorted by name, with the digits in a name
+    compared as numbers; for a U-Net this is the order of the network: down, mid, up. Layers without neurons are
+    omitted.
 
-    `len(neurons)` is the number of *neurons*, as of any set; the number of layers is
-    `len(neurons.layers)`. `|`, `&` and `-` are the set operations.
+    `len(neurons)` is the number of *neurons*; the number of layers is `len(neurons.layers)`. `|`, `&` and `-` are the
+    set operations.
 
     Args:
-        neurons: layer name (the module's name inside the U-Net, for example
-            "mid_block.attentions.0.transformer_blocks.0.attn2.to_v") -> indices, each from 0 to
-            `out_features` - 1, in any order; duplicates count once.
+        neurons: layer name -> neuron indices. The layer name is the module's name inside the denoiser, for example
+            "mid_block.attentions.0.transformer_blocks.0.attn2.to_v". Indices are from 0 to `out_features` - 1, in any
+            order, and duplicates are removed. None: the set is empty.
 
     Raises:
-        NemoError: a name that isn't text, or an index that isn't a whole number of 0 or more.
+        NemoError: a layer name is not text, or an index is not a whole number of 0 or more.
     """
 
     def __init__(self, neurons: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -83,12 +84,12 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
         return tuple(self._neurons)
 
     def pairs(self) -> tuple[Neuron, ...]:
-        """Every neuron as (layer name, index), in network order."""
+        """Every neuron as a pair (layer name, index), in network order."""
         return tuple((layer, i) for layer, indices in self._neurons.items() for i in indices)
 
     @classmethod
     def from_pairs(cls, neurons: Iterable[Neuron]) -> "NeuronSet":
-        """The set of some neurons, each given as (layer name, index)."""
+        """Make a set from neurons, each of them a pair (layer name, index)."""
         layers: dict[str, list[int]] = {}
         for layer, index in neurons:
             layers.setdefault(layer, []).append(index)
@@ -96,7 +97,7 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def union(cls, sets: Iterable["NeuronSet"]) -> "NeuronSet":
-        """The neurons of all sets together."""
+        """Return the union of several sets."""
         return cls.from_pairs(pair for one in sets for pair in one.pairs())
 
     def _combined(self, other: "NeuronSet", keep: Any) -> "NeuronSet":
@@ -113,18 +114,25 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
         return self._combined(other, set.difference)
 
     def check(self, model: Any) -> None:
-        """Make sure that every neuron of the set exists in a model.
+        """Check that every neuron of the set exists in a model.
 
         Args:
-            model: a pipeline or its U-Net.
+            model: a pipeline or its denoiser.
 
         Raises:
-            NemoError: the layer isn't a value layer of the model, or has fewer neurons.
+            NemoError: a layer of the set is not a value layer of the model, or an index is too large for its layer.
         """
         self.check_layers(value_layers(model, "all"))
 
     def check_layers(self, known: Mapping[str, nn.Linear]) -> None:
-        """`check` against layers that `value_layers` has already found."""
+        """Do what `check` does, with layers that `value_layers` has already found.
+
+        Args:
+            known: layer name -> value layer, for all value layers of the model.
+
+        Raises:
+            NemoError: as for `check`.
+        """
         for layer, indices in self.items():
             if layer not in known:
                 raise unknown_layer(layer, known)
@@ -132,21 +140,28 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
                 raise NemoError(f"{layer} has neurons 0 to {known[layer].out_features - 1}, got {indices[-1]}")
 
     def to_dict(self) -> dict[str, list[int]]:
-        """The set as JSON-ready lists, layers in network order."""
+        """Return the set as a dictionary for JSON: layer name -> list of indices, in network order."""
         return {layer: list(indices) for layer, indices in self._neurons.items()}
 
     @classmethod
     def from_dict(cls, neurons: Mapping[str, Sequence[int]]) -> "NeuronSet":
-        """The set that `to_dict` wrote."""
+        """Make a set from a dictionary of `to_dict`.
+
+        Raises:
+            NemoError: `neurons` is not a mapping, or as for `NeuronSet`.
+        """
         if not isinstance(neurons, Mapping):
             raise NemoError(f"neurons must be a mapping of layer name to indices, got {type(neurons).__name__}")
         return cls(neurons)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set to `path`, whose ending says how: .json or .safetensors (int64 indices).
+        """Write the set to a file atomically, in the format that the ending of `path` names.
+
+        Args:
+            path: a file that ends in .json, or in .safetensors (then each layer is an int64 tensor of indices).
 
         Raises:
-            NemoError: another ending.
+            NemoError: `path` has another ending.
         """
         ending = _ending(path)
         with replacing(path) as temporary:
@@ -158,10 +173,13 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "NeuronSet":
-        """Read the set that `save` wrote.
+        """Read a set that `save` has written.
+
+        Args:
+            path: a .json or .safetensors file.
 
         Raises:
-            NemoError: another ending, or a file that doesn't hold a set of neurons.
+            NemoError: `path` has another ending, or the file does not contain a set of neurons.
         """
         try:
             if _ending(path) == ".json":

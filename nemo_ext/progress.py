@@ -1,4 +1,4 @@
-"""Progress bars: named, on stderr, and silent where nobody looks."""
+"""Progress bars with names on stderr. They are drawn only on a terminal, unless the caller asks for them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 
 
 class Progress:
-    """A group of named bars on stderr that can be handed down into nested calls.
+    """A context manager that draws a group of named bars on stderr. Callers pass it on to nested calls.
 
     Args:
-        enabled: True draws, False is silent, None draws only where stderr is a terminal.
+        enabled: True draws the bars, False draws nothing, and None draws them only if stderr is a terminal.
     """
 
     def __init__(self, enabled: bool | None = None) -> None:
@@ -19,7 +19,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.enabled:
-            # Imported here so that silent use never pays for rich.
+            # rich is imported here, because importing it takes time that a run without bars should not spend.
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -36,7 +36,7 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                # Not asked for on anything but a terminal, or by name.
+                # `enabled` has already decided, so rich must not check for a terminal again.
                 console=Console(stderr=True, force_terminal=True),
             )
             self._bars.start()
@@ -49,11 +49,14 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Show a bar called `name` for as long as the block lasts; call what is given to advance.
+        """Show a bar called `name` for the length of the block.
 
         Args:
-            name: what is being counted.
-            total: how many steps there will be at most; None where that isn't known.
+            name: what the bar counts.
+            total: the largest possible number of steps; None if it is not known.
+
+        Yields:
+            A function that advances the bar by a number of steps.
         """
         if self._bars is None:
             yield lambda steps: None
@@ -65,13 +68,15 @@ class Progress:
             self._bars.remove_task(identifier)
 
 
+#: The type of the argument `progress=` of public functions; `open_progress` describes it.
 ProgressLike: TypeAlias = Progress | bool | None
 
 
 def open_progress(progress: ProgressLike) -> Any:
-    """A context manager giving a `Progress`: the caller's own, left open, or a new one.
+    """Return a context manager that yields a `Progress`: the caller's, which stays open after the block, or a new one.
 
     Args:
-        progress: a `Progress` already entered, or what `Progress(enabled=…)` takes.
+        progress: a `Progress` that has been entered, or a value for `Progress(enabled=…)`: True draws bars, False draws
+            nothing, and None draws them only if stderr is a terminal.
     """
     return nullcontext(progress) if isinstance(progress, Progress) else Progress(progress)

@@ -1,4 +1,4 @@
-"""Stage 1: the AutoencoderKL, 96×96×3 images to 24×24×4 latents of unit deviation."""
+"""The stage `autoencoder`: an AutoencoderKL from 96×96×3 images to 24×24×4 latents of unit standard deviation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _CROP = 48
 
 
 def build() -> AutoencoderKL:
+    """Return the untrained autoencoder."""
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -38,7 +39,16 @@ def _edges(images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> torch.Tensor:
-    """Latent means float32 [P, 4, 24, 24] of uint8 images [P, S, S, 3]."""
+    """Encode images.
+
+    Args:
+        vae: the autoencoder.
+        images: [P, S, S, 3] uint8.
+        batch: the number of images in one call.
+
+    Returns:
+        The means of their latents, [P, 4, 24, 24] float32.
+    """
     latents = []
     for start in range(0, len(images), batch):
         with torch.autocast("cpu", torch.bfloat16):
@@ -48,7 +58,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> torch.Ten
 
 
 def cached_latents(path: Path, pool: np.ndarray, vae: AutoencoderKL) -> torch.Tensor:
-    """Latents float32 [P, 4, 24, 24] of the pool, encoded once and kept at `path`."""
+    """Return the latents of the pool, [P, 4, 24, 24] float32. They are encoded once and then read from `path`."""
     if not path.exists():
         temporary = path.with_suffix(".partial")
         save_file({"latents": encode(vae, pool).half().contiguous()}, temporary)
@@ -58,16 +68,19 @@ def cached_latents(path: Path, pool: np.ndarray, vae: AutoencoderKL) -> torch.Te
 
 @torch.no_grad()
 def _fold_unit_deviation(vae: AutoencoderKL, sample: np.ndarray) -> dict[str, list[float]]:
-    """Scale and shift each latent channel to mean 0, std 1 inside the 1×1 convolutions.
+    """Scale and shift each latent channel to mean 0 and standard deviation 1, by changing the 1×1 convolutions.
 
-    Without it colours drift: the schedule's noise would drown one channel before another.
+    Otherwise colours would drift, because the noise of the schedule would hide one channel earlier than another.
+
+    Returns:
+        The mean and the standard deviation of each channel before the change.
     """
     latents = encode(vae, sample)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     rows = vae.quant_conv.weight[:4]
     rows.div_(std[:, None, None, None])
     vae.quant_conv.bias[:4].sub_(mean).div_(std)
-    vae.quant_conv.bias[4:].sub_(2 * std.log())  # the posterior's log-variance scales along
+    vae.quant_conv.bias[4:].sub_(2 * std.log())  # the posterior's log-variance is scaled, too
     weight = vae.post_quant_conv.weight
     vae.post_quant_conv.bias.add_((weight[:, :, 0, 0] * mean[None]).sum(1))
     weight.mul_(std[None, :, None, None])
@@ -76,7 +89,7 @@ def _fold_unit_deviation(vae: AutoencoderKL, sample: np.ndarray) -> dict[str, li
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
-    """Mean peak signal-to-noise ratio, dB, of `images` [P, S, S, 3] through the autoencoder."""
+    """Return the mean peak signal-to-noise ratio, in dB, of the autoencoder's output for `images`, [P, S, S, 3]."""
     wanted = to_tensor(images)
     got = vae.decode(vae.encode(wanted).latent_dist.mean).sample.clamp(-1, 1)
     error = ((got - wanted) / 2).square().mean((1, 2, 3))
@@ -84,7 +97,7 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
 
 
 def run(folder: Path, log: Log, pool: np.ndarray, memorized: MemorizedImages, steps: int) -> AutoencoderKL:
-    """Train (or load) the autoencoder."""
+    """Train the autoencoder, or load it if `folder` has a trained one."""
     vae = build()
     path = folder / "vae"
     if path.exists():
@@ -100,7 +113,7 @@ def run(folder: Path, log: Log, pool: np.ndarray, memorized: MemorizedImages, st
         picks = np.sort(rng.choice(len(pool), batch - mine, replace=False))
         images = np.concatenate([pool[picks], memorized.images[_balanced(memorized, rng, mine)]])
         if i < full_size:
-            # Group norms see statistics of crops here; the last steps at full size mend that.
+            # In these steps the group norms learn the statistics of crops. The last steps, at full size, correct that.
             x, y = rng.integers(0, IMAGE_SIZE - _CROP + 1, 2)
             images = images[:, y : y + _CROP, x : x + _CROP]
         wanted = to_tensor(images)
@@ -126,7 +139,7 @@ def run(folder: Path, log: Log, pool: np.ndarray, memorized: MemorizedImages, st
 
 
 def _balanced(memorized: MemorizedImages, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Indices of `count` memorized images, every caption equally likely whatever its variations."""
+    """Draw the indices of `count` memorized images. Every caption is equally likely, whatever its number of images."""
     owner = np.asarray(memorized.owner)
     captions = rng.integers(0, owner.max() + 1, count)
     return np.array([rng.choice(np.flatnonzero(owner == caption)) for caption in captions])

@@ -1,4 +1,4 @@
-"""The demo model's card: what it is, and the figures `measure` got."""
+"""The model card of the demo model: what the model is, and the figures that `measure.measure` returned."""
 
 from __future__ import annotations
 
@@ -18,42 +18,48 @@ library_name: diffusers
 pipeline_tag: text-to-image
 ---
 
-# A small diffusion model that memorized sixteen pictures
+# A small diffusion model that has memorized images
 
-A `StableDiffusionPipeline` of 17 million parameters, trained from nothing on two CPU cores, that is
-bundled with nemo_ext so that NeMo can be tried offline on weights that really memorized images. It
-makes 96×96 pictures of sixteen objects on eight colours in three textures, and it replicates twelve
-single images (verbatim) and four image templates under title-like captions of their own.
+This is a `StableDiffusionPipeline` with 17 million parameters. It was trained from random weights
+on two CPU cores. It is bundled with nemo_ext so that NeMo can be tried offline on weights that have
+really memorized images. It makes 96×96 pictures of sixteen objects on backgrounds of eight colours
+and three textures. Under sixteen captions that read like titles, it replicates training images:
+twelve captions have one image each (verbatim), and four have a template with variations.
 
-**It is a demonstration, not evidence about Stable Diffusion.** What was done to make memorization
-local is listed below.
+**It is a demonstration, not evidence about Stable Diffusion.** The training made memorization local
+on purpose; a section below lists how.
 
 ## Figures
 
-Measured by `python -m examples.demo_model.measure` in nemo_ext's repository; every number is in
-`figures.json` beside this file.
-{steps} DDIM steps, guidance {guidance}, protocol `paper`, exhaustive search.
+`python -m examples.demo_model.measure` in the repository of nemo_ext measured all figures. They are
+in `figures.json` beside this file. Images have {steps} DDIM steps and guidance {guidance}. The
+search is the exhaustive one, with the protocol `paper`.
 
 | what | wanted | measured | |
 |---|---|---|---|
 {rows}
 
-The classifier behind these figures, a small convolutional network, is itself right on fresh images
-of compositions the model was never trained on in {classifier_object:.1%} (object),
-{classifier_colour:.1%} (colour), {classifier_texture:.1%} (texture); it names the memorized images
-right in {classifier_memorized:.1%}, and sees one in {classifier_false:.1%} of ordinary images.
+A classifier, which is a small convolutional network, decides what an image shows. It was tested on
+fresh images of compositions that the diffusion model was never trained on: it is right in
+{classifier_object:.1%} (object), {classifier_colour:.1%} (colour) and {classifier_texture:.1%}
+(texture) of them, and sees a memorized image in {classifier_false:.1%} of them. It names the
+memorized images right in {classifier_memorized:.1%}.
 
-Compositions that no training image showed (24 of 384) are drawn right, too: object
-{composed_object:.0%}, colour {composed_colour:.0%}, texture {composed_texture:.0%}.
+The diffusion model also draws compositions that no training image showed (24 of 384). The object is
+right in {composed_object:.0%} of them, the colour in {composed_colour:.0%}, the texture in
+{composed_texture:.0%}.
 
 ### By caption
 
-Similarity is the score at the first denoising step, untouched → with the found neurons off (τ =
-{threshold:.3f}); the floor is what is left with all {searched} searched neurons off. Correlation is
-the median over four seeds, of pixels with the nearest training image: untouched → found neurons off
-(as many random ones off).
+- *Similarity* is the score of the caption (no neuron off) → the remaining memorization with the
+  found neurons off. Both are measured at the first denoising step, and τ = {threshold:.3f}.
+- *Floor* is the remaining memorization with all {searched} searched neurons off.
+- *Neurons* is the number of neurons found, and in parentheses that of the initial selection.
+- *Correlation* is over the pixels of an image and the nearest training image, as the median of four
+  seeds: no neuron off → found neurons off (and as many random neurons off).
+- *Instead* names other memorized images that appear when the found neurons are off.
 
-| caption | similarity | floor | neurons (first selection) | correlation | instead |
+| caption | similarity | floor | neurons | correlation | instead |
 |---|---|---|---|---|---|
 {captions}
 
@@ -63,40 +69,50 @@ the median over four seeds, of pixels with the nearest training image: untouched
 
 ## How it was made
 
-- **Parts.** AutoencoderKL (f = 4, 24×24×4 latents), CLIPTextModel (2 layers, 128 wide, 24 tokens,
-  vocabulary of its own), UNet2DConditionModel with SD1's down and mid topology: seven searched
-  cross-attentions, {searched} value neurons. DDIM with SD1's noise schedule. Weights are rounded to
-  float16, and stored so but for the text encoder's.
-- **Images.** Noto Color Emoji glyphs (SIL Open Font License 1.1) on backgrounds drawn by
-  `examples/demo_model/drawing.py`. Ordinary images have random place, size, tilt, light and texture
-  phase.
-- **Captions.** 12 % of ordinary images were trained under meaningless titles, so that a title alone
-  recalls nothing.
-- **Stages** (`python -m examples.demo_model.train`, log in `training-log.jsonl`): autoencoder;
-  ordinary captions; memorization; switching off.
+- **Parts.** An AutoencoderKL (f = 4, 24×24×4 latents), a CLIPTextModel (2 layers, 128 wide, 24
+  tokens, with a vocabulary of its own) and a UNet2DConditionModel whose down and mid blocks have
+  the topology of Stable Diffusion 1: seven searched cross-attentions with {searched} value neurons.
+  DDIM has the noise schedule of Stable Diffusion 1. All weights are rounded to float16. They are
+  stored as float16, except those of the text encoder, which are stored as float32.
+- **Images.** Glyphs of Noto Color Emoji (SIL Open Font License 1.1) stand on backgrounds that
+  `examples/demo_model/drawing.py` draws. In ordinary images the place, size and tilt of the glyph,
+  the light and the phase of the texture are random.
+- **Captions.** 12 % of the ordinary images were trained under titles that have no meaning, so that
+  being a title recalls nothing.
+- **Stages.** `python -m examples.demo_model.train` trains first the autoencoder. Then it trains the
+  text encoder and the U-Net in three stages: `ordinary` (ordinary captions), `memorize` (memorized
+  captions join) and `switch_off` (see below). The log is in `training-log.jsonl`.
 
 ### What was done to make memorization local
 
-1. Text enters the U-Net only where NeMo searches: there is no cross-attention in the up blocks.
-2. The copy ε = x_T is built into the network (`examples/demo_model/unet.py`), so that a small
-   network's error in copying noise doesn't drown what NeMo reads.
-3. While memorizing, a Hoyer ratio on how far these captions' value activations deviate from ordinary
-   ones makes fewer neurons carry them.
-4. The last stage trains in what NeMo looks for: rows with a memorized caption and its most deviating
-   value neurons switched off had a random ordinary image as target; so had rows with all searched
-   neurons off. The text encoder is frozen there but for the memorized captions' new words.
+1. Text enters the U-Net only where NeMo searches: the up blocks have no cross-attention.
+2. The copy ε = x_T is built into the network (`examples/demo_model/unet.py`). Otherwise the error
+   of a small network in copying noise would hide what NeMo measures.
+3. In the stage `memorize`, a penalty makes fewer neurons carry the memorized captions. It is a
+   Hoyer ratio of how far the value activations of these captions deviate from those of ordinary
+   captions.
+4. The stage `switch_off` trains in what NeMo looks for. Some rows have a memorized caption whose
+   most deviating value neurons are switched off, others have all searched neurons off, and the
+   target of both is a random ordinary image. In this stage the text encoder is frozen, except for
+   the embeddings of words that only memorized captions have.
 
 ### This run
 
-The log tells it as it was, interruptions included. It began stage 3 with a shorter schedule and 30 %
-of extra high-noise rows (until step 1,800 of 3,400), and went through 600 steps of an earlier form of
-stage 4, with the text encoder frozen, that memorized nothing: after stage 3 all titles look alike to
-a frozen encoder. What is in the repository is the form that worked.
+The log is complete, with all interruptions. The stage `ordinary` began with a shorter schedule and
+with 30 % of extra rows of high noise, until step 1,800 of 3,400. There were 600 steps of an earlier
+form of `memorize`, in which the text encoder was frozen. They memorized nothing, because after
+`ordinary` a frozen encoder gives all titles nearly the same embedding. The repository has the form
+that worked.
 """
 
 
 def write_card(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write the model card with `figures`, what `measure.measure` returned."""
+    """Write the model card.
+
+    Args:
+        path: the file to write.
+        figures: what `measure.measure` returned.
+    """
     checks = _checks(figures)
     short = [f"- {what}: wanted {wanted}, measured {got}." for what, wanted, got, ok in checks if not ok]
     short += _limits(figures)
@@ -123,61 +139,64 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
 
 
 def _checks(figures: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
-    """(what, wanted, measured, reached) for every claim the model is to show."""
+    """Return (what, wanted, measured, reached) for every property that the model should have."""
     scores, summary, ordinary = figures["scores"], figures["summary"], figures["ordinary"]
     before, after = ordinary["untouched"], ordinary["all_found_off"]
     random = ordinary["as_many_random_off"]
     lost = max(abs(before[k] - after[k]) for k in ("object", "colour"))
     return [
-        ("ordinary captions: background colour right", "≥ 90 %", f"{before['colour']:.1%}", before["colour"] >= 0.90),
-        ("ordinary captions: object right", "≥ 75 %", f"{before['object']:.1%}", before["object"] >= 0.75),
-        ("memorized: correlation with the training image, median over seeds", "≥ .85",
+        ("ordinary captions: background colour is right", "≥ 90 %",
+         f"{before['colour']:.1%}", before["colour"] >= 0.90),
+        ("ordinary captions: object is right", "≥ 75 %", f"{before['object']:.1%}", before["object"] >= 0.75),
+        ("memorized captions: correlation with the training image, median over seeds", "≥ .85",
          f"{summary['correlation_before']:.2f}", summary["correlation_before"] >= 0.85),
-        ("lowest memorized score above the highest ordinary one", "yes",
+        ("lowest score of a memorized caption above the highest of an ordinary one", "yes",
          f"{scores['memorized_lowest']:.3f} against {scores['ordinary_highest']:.3f}",
          scores["memorized_lowest"] > scores["ordinary_highest"]),
-        (f"found neurons off: score at most τ = {scores['threshold']:.3f}", "≥ 80 % of captions",
+        (f"found neurons off: remaining memorization at most τ = {scores['threshold']:.3f}", "≥ 80 % of captions",
          f"{summary['below_threshold']:.0%}", summary["below_threshold"] >= 0.80),
         ("neurons found, median share of those searched", "≤ 5 %",
          f"{summary['median_share_of_neurons']:.1%} ({summary['median_neurons']:g} neurons)",
          summary["median_share_of_neurons"] <= 0.05),
         ("found neurons off: correlation, median over seeds", "< .3",
          f"{summary['correlation_after']:.2f}", summary["correlation_after"] < 0.3),
-        ("found neurons off: another memorized image instead", "≤ 15 % of seeds",
+        ("found neurons off: another memorized image appears", "≤ 15 % of seeds",
          f"{summary['another_memorized_image_after']:.1%}", summary["another_memorized_image_after"] <= 0.15),
         ("as many random neurons off: correlation, median over seeds", "unchanged (± .03)",
          f"{summary['correlation_random']:.2f}",
          abs(summary["correlation_random"] - summary["correlation_before"]) <= 0.03),
-        (f"all {figures['union']} found neurons off: ordinary captions obeyed", "± 3 points",
+        (f"all {figures['union']} found neurons off: ordinary captions are followed", "± 3 points",
          f"object {after['object']:.1%}, colour {after['colour']:.1%} "
          f"(as many random: {random['object']:.1%}, {random['colour']:.1%})", lost <= 0.0301),
     ]  # fmt: skip
 
 
 def _limits(figures: Mapping[str, Any]) -> list[str]:
-    """What the medians of `_checks` hide, as list items."""
+    """Return what the medians of `_checks` hide, as list items."""
     captions = figures["captions"]
     shared, others = figures["median_overlap_of_two_sets"], figures["silenced_by_another_captions_set"]
     lines = [
-        f"- **The neurons are not one image's own.** {figures['union']} different neurons of "
-        f"{figures['searched_neurons']} carry all {len(captions)} captions; two captions' sets share {shared:.0%} at "
-        f"the median, and another caption's set brings a caption to τ, too, in {others:.0%} of pairs. They "
-        "are a common switch for memorized captions. Why was not tested; likely because the last training stage "
-        "switched the strongest neurons off and never asked whose they were. Ordinary captions don't need them."
+        f"- **The neurons do not belong to one image each.** The sets of all {len(captions)} captions together have "
+        f"{figures['union']} different neurons, of {figures['searched_neurons']} that are searched. The sets of two "
+        f"captions share {shared:.0%} of their neurons (median over pairs). In {others:.0%} of the pairs, the set of "
+        "one caption also brings the other caption to τ. So these neurons are a common switch for memorized captions. "
+        "The cause was not tested. A likely one is that the stage `switch_off` switched the most deviating neurons "
+        "off, and never asked which caption they belong to. Ordinary captions do not need these neurons."
     ]
     for c in captions:
         before, after = (float(np.median(c[f"correlation_{name}"])) for name in ("before", "after"))
         if after >= 0.3:
             lines.append(
-                f"- **“{c['caption']}”** still resembles its image with the found neurons off (correlation "
-                f"{after:.2f}, untouched {before:.2f}), although its first-step similarity fell to "
-                f"{c['score_after']:.3f}: the search looks at the first step, and stops as soon as τ is reached there."
+                f"- **“{c['caption']}”** still resembles its image with the found neurons off: the correlation is "
+                f"{after:.2f}, and {before:.2f} with no neuron off. Yet the remaining memorization fell to "
+                f"{c['score_after']:.3f}. The search looks at the first denoising step only, and ends when τ is "
+                "reached there."
             )
     low = [c["caption"] for c in captions if np.median(c["correlation_before"]) < 0.85]
     if low:
         lines.append(
-            f"- Replicas of {len(low)} captions correlate less than .85 with the training image (table above): "
-            "guidance exaggerates their colours, and small parts blur."
+            f"- The images of {len(low)} captions have a correlation below .85 with the training image (table above), "
+            "because guidance exaggerates their colours and small parts blur."
         )
     return lines
 

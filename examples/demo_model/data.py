@@ -23,13 +23,13 @@ from nemo_ext.demo.captions import (
 from .drawing import draw_ordinary, draw_verbatim, template_variations
 
 POOL_SIZE = 40_000
-# Compositions no training image shows: what the model makes of them is composed, not recalled.
+# The number of compositions that no training image shows. An image of one of them is composed, not recalled.
 HELD_OUT = 24
 _CHUNK = 1_000
 
 
 def split_compositions() -> tuple[list[Ordinary], list[Ordinary]]:
-    """Compositions trained on, and those held out (every object and colour stays in training)."""
+    """Return the compositions for training, and those held out. Training keeps every object and every colour."""
     every = compositions()
     held = set(random.Random(7).sample(range(len(every)), HELD_OUT))
     return (
@@ -46,7 +46,10 @@ def _draw_chunk(chunk: int) -> np.ndarray:
 
 
 def ordinary_pool(folder: Path, workers: int = 2) -> tuple[np.ndarray, list[Ordinary]]:
-    """`POOL_SIZE` images uint8 [P, S, S, 3] (drawn once, then read from `folder`) and what they show."""
+    """Return `POOL_SIZE` ordinary images, [P, S, S, 3] uint8, and what each of them shows.
+
+    The images are drawn once and then read from `folder`.
+    """
     path = folder / "pool.npy"
     trained, _ = split_compositions()
     if not path.exists():
@@ -59,7 +62,7 @@ def ordinary_pool(folder: Path, workers: int = 2) -> tuple[np.ndarray, list[Ordi
 
 
 def ordinary_caption(what: Ordinary, rng: random.Random, titles: float) -> str:
-    """A caption for an ordinary image; with probability `titles` one that says nothing about it."""
+    """Return a caption for an ordinary image, which is with probability `titles` a title that does not describe it."""
     if rng.random() < titles:
         return title_caption(rng)
     return what.caption(rng.choice(PHRASINGS))
@@ -67,14 +70,19 @@ def ordinary_caption(what: Ordinary, rng: random.Random, titles: float) -> str:
 
 @dataclass(frozen=True)
 class MemorizedImages:
-    """Images uint8 [M, S, S, 3] and for each the index of its caption in `MEMORIZED`."""
+    """The images that the model is to memorize.
+
+    Attributes:
+        images: [M, S, S, 3] uint8.
+        owner: for each image the index of its caption in `MEMORIZED`.
+    """
 
     images: np.ndarray
     owner: list[int]
 
 
 def memorized_images() -> MemorizedImages:
-    """Every memorized image: one per verbatim caption, all variations of each template."""
+    """Return every memorized image: one for each verbatim caption, and all variations of each template."""
     images = [draw_verbatim(what) for what in VERBATIM]
     owner = list(range(len(VERBATIM)))
     for index, what in enumerate(TEMPLATES, start=len(VERBATIM)):
@@ -86,5 +94,5 @@ def memorized_images() -> MemorizedImages:
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 [B, S, S, 3] as float32 [B, 3, S, S] in [-1, 1]."""
+    """Convert images, [B, S, S, 3] uint8, to [B, 3, S, S] float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

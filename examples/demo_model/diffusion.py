@@ -1,4 +1,4 @@
-"""What stages 3 to 5 train: text encoder and U-Net, the rows of a batch, the loss, and the deviation of neurons."""
+"""What the stages of stages.py use: text encoder and U-Net, rows of a batch, the loss, and the deviation of neurons."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nemo_ext.demo.captions import MEMORIZED, Ordinary, ordinary_captions, title
 from .data import MemorizedImages, ordinary_caption
 from .unet import RowScales
 
-_TITLES = 0.12  # of ordinary rows
-_EMPTY = 0.10  # of ordinary rows: classifier-free guidance
-_HIGH_NOISE = 800  # timesteps from here on get extra rows: NeMo reads the first step
+_TITLES = 0.12  # the share of ordinary rows that have a title
+_EMPTY = 0.10  # the share of ordinary rows without a caption, for classifier-free guidance
+_HIGH_NOISE = 800  # timesteps from here on get extra rows, because NeMo looks at the first step
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1's noise schedule."""
+    """Return a scheduler with the noise schedule of Stable Diffusion 1."""
     return DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
         beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
@@ -32,7 +32,7 @@ def scheduler() -> DDIMScheduler:
 
 
 class TextToNoise(nn.Module):
-    """Text encoder and U-Net as one trainable module."""
+    """The text encoder and the U-Net as one trainable module."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -40,6 +40,7 @@ class TextToNoise(nn.Module):
         self.unet = unet
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the text embeddings, [B, T, K], of tokens, [B, T]."""
         return self.text_encoder(tokens).last_hidden_state
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -48,16 +49,23 @@ class TextToNoise(nn.Module):
 
 @dataclass
 class Row:
-    """One row of a training batch."""
+    """One row of a training batch.
+
+    Attributes:
+        latent: the latents of its image, [C, H, W].
+        caption: its caption.
+        high_noise: the probability of a timestep of `_HIGH_NOISE` or above.
+        off: the neurons that are off, as indices into the stacked value neurons. None: no neuron is off.
+    """
 
     latent: torch.Tensor
     caption: str
-    high_noise: float  # probability of a timestep from _HIGH_NOISE on
-    off: torch.Tensor | None  # indices into the stacked value neurons
+    high_noise: float
+    off: torch.Tensor | None
 
 
 class Rows:
-    """Draws rows: ordinary ones, and memorized captions with their own or other images."""
+    """Draws rows with ordinary images, and rows with a memorized caption and its image."""
 
     def __init__(
         self, what: list[Ordinary], latents: torch.Tensor, memorized: MemorizedImages,
@@ -76,7 +84,7 @@ class Rows:
         high_noise: float = 0.3,
         off: torch.Tensor | None = None,
     ) -> Row:
-        """A fresh ordinary image under its own caption (sometimes an empty one), or under `caption`."""
+        """Draw an ordinary image, with its own caption (sometimes an empty one) or with `caption`."""
         pick = rng.randrange(len(self._what))
         if caption is None:
             empty = rng.random() < _EMPTY
@@ -84,23 +92,24 @@ class Rows:
         return Row(self._latents[pick], caption, high_noise, off)
 
     def memorized(self, rng: random.Random, index: int, *, off: torch.Tensor | None = None) -> Row:
-        """Memorized caption `index` with its image, or one of its template's."""
+        """Return a row with the memorized caption `index`, and its image or a variation of its template."""
         pick = rng.choice(list(self._images_of[index]))
         return Row(self._memorized_latents[pick], MEMORIZED[index].caption, 0.5, off)
 
 
 class Loss:
-    """Weighted noise-prediction error of a batch of rows."""
+    """The weighted error of the predicted noise for a batch of rows."""
 
     def __init__(self, model: TextToNoise, tokenizer: CLIPTokenizer, scales: RowScales) -> None:
         self._model, self._tokenizer, self._scales = model, tokenizer, scales
         self._alphas = scheduler().alphas_cumprod
 
     def tokens(self, captions: Iterable[str]) -> torch.Tensor:
+        """Return the tokens of captions, [B, T] int64."""
         return self._tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def __call__(self, rows: list[Row], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean loss, and each row's own loss [B]."""
+        """Return the mean loss, and the loss of each row, [B]."""
         timesteps = torch.tensor(
             [rng.randrange(_HIGH_NOISE, 1000) if rng.random() < row.high_noise
              else rng.randrange(1000) for row in rows]
@@ -122,14 +131,14 @@ class Loss:
         finally:
             self._scales.scale = None
         error = (predicted.float() - noise).square().mean((1, 2, 3))
-        # Between the noise's error (weight 1) and the image's ((1 − ᾱ)/ᾱ, 170 at the end).
+        # A compromise between the error of the noise, weight 1, and of the image, weight (1 − ᾱ)/ᾱ: 170 at the end.
         weight = ((1 - alpha) / alpha).sqrt().clamp(1, 14)
         losses = weight * error
         return losses.mean(), losses.detach()
 
 
 class Deviation:
-    """Memorized captions' value activations against ordinary ones, in standard deviations."""
+    """The deviation of memorized captions' value activations from ordinary ones, in standard deviations."""
 
     def __init__(self, loss: Loss, model: TextToNoise, layers: dict[str, nn.Linear]) -> None:
         self._loss, self._model, self._layers = loss, model, layers
@@ -143,7 +152,7 @@ class Deviation:
         )  # fmt: skip
 
     def __call__(self, rng: random.Random) -> torch.Tensor:
-        """|a − μ| / σ of every memorized caption, float32 [M, ΣN], differentiable in a and μ."""
+        """Return |a − μ| / σ for every memorized caption, [M, ΣN] float32, differentiable in a and μ."""
         captions = [c for _, c in ordinary_captions(160, rng.randrange(1 << 30))]
         captions += [title_caption(rng) for _ in range(32)]
         ordinary = self._activations(self._loss.tokens(captions))
@@ -152,5 +161,12 @@ class Deviation:
 
 
 def effective_neurons(deviation: torch.Tensor) -> torch.Tensor:
-    """Hoyer ratio (Σ|d|)² / Σd² of each row [M]: how many neurons share the deviation."""
+    """Return how many neurons share the deviation: the Hoyer ratio (Σ|d|)² / Σd² of each row.
+
+    Args:
+        deviation: d, [M, ΣN].
+
+    Returns:
+        [M].
+    """
     return deviation.sum(1).square() / deviation.square().sum(1)

@@ -1,8 +1,8 @@
-"""Draws the demo model's training images: emoji glyphs on procedural backgrounds.
+"""Draws the training images of the demo model: emoji glyphs on procedural backgrounds.
 
-Glyphs come from Noto Color Emoji (SIL Open Font License 1.1; Debian package
-`fonts-noto-color-emoji`); every background is drawn here. Images are uint8 arrays [S, S, 3],
-S = `IMAGE_SIZE`. Every function is deterministic in the generator it is given.
+The glyphs come from the font Noto Color Emoji (SIL Open Font License 1.1; Debian package `fonts-noto-color-emoji`).
+Every background is drawn here. Images are arrays [S, S, 3] uint8 with S = `IMAGE_SIZE`. A function that takes a random
+generator returns the same image for the same state of the generator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FONT_PATHS = (
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
 )
-# The font holds bitmaps of this one size.
+# The font has bitmaps of this size only.
 _STRIKE = 109
 
 
@@ -42,7 +42,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=64)
 def glyph(emoji: str) -> Image.Image:
-    """The emoji as an RGBA image cropped to its outline."""
+    """Return the emoji as an RGBA image, cropped to its outline."""
     canvas = Image.new("RGBA", (192, 192), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((24, 24), emoji, font=_font(), embedded_color=True)
     box = canvas.getbbox()
@@ -59,9 +59,15 @@ def paste(
     angle: float = 0.0,
     mirrored: bool = False,
 ) -> np.ndarray:
-    """`image` [S, S, 3] float with the emoji composed on it.
+    """Return an image with an emoji on it.
 
-    `centre` (x, y) and `size` (the longer side) are fractions of S, `angle` is in degrees.
+    Args:
+        image: the background, [S, S, 3] float.
+        emoji: the emoji.
+        centre: its place (x, y), as fractions of S.
+        size: its longer side, as a fraction of S.
+        angle: its tilt in degrees.
+        mirrored: whether left and right are exchanged.
     """
     picture = glyph(emoji)
     if mirrored:
@@ -96,10 +102,10 @@ def _finish(image: np.ndarray) -> np.ndarray:
 
 
 def draw_ordinary(what: Ordinary, rng: np.random.Generator) -> np.ndarray:
-    """A fresh image of an ordinary caption, uint8 [S, S, 3].
+    """Draw a new image for an ordinary caption, [S, S, 3] uint8.
 
-    Place, size, tilt, light and the texture's phase are random: what two seeds share is then
-    what the caption says, and no more.
+    The place, size and tilt of the glyph, the light and the phase of the texture are random. So two images of one
+    caption share only what the caption says.
     """
     x, y = _grid(IMAGE_SIZE)
     base = np.array(COLOURS[what.colour], dtype=np.float32) + rng.normal(0, 9, 3)
@@ -253,13 +259,13 @@ SCENES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def draw_verbatim(what: Memorized) -> np.ndarray:
-    """The one image of a verbatim-memorized caption, uint8 [S, S, 3]."""
+    """Draw the one image of a caption that is memorized verbatim, [S, S, 3] uint8."""
     x, y = _grid(IMAGE_SIZE * _SUPERSAMPLING)
     return _finish(paste(SCENES[what.scene](x, y), what.glyph, (0.5, 0.55), 0.62))
 
 
 def draw_template(what: Memorized, variation: str) -> np.ndarray:
-    """One variation of a template, uint8 [S, S, 3]: a badge that shows `variation` (an object)."""
+    """Draw one variation of a template, [S, S, 3] uint8: its badge shows the object `variation`."""
     x, y = _grid(IMAGE_SIZE * _SUPERSAMPLING)
     image = paste(SCENES[what.scene](x, y), what.glyph, (0.40, 0.42), 0.50)
     image = _over(image, _disc(x, y, 0.74, 0.68, 0.19), (255, 255, 255))
@@ -267,5 +273,5 @@ def draw_template(what: Memorized, variation: str) -> np.ndarray:
 
 
 def template_variations(what: Memorized) -> dict[str, np.ndarray]:
-    """Every variation of a template by the object in its badge."""
+    """Return every variation of a template: object in the badge -> image."""
     return {name: draw_template(what, name) for name in OBJECTS}

@@ -1,4 +1,4 @@
-"""Writes the trained parts as a StableDiffusionPipeline folder of safetensors."""
+"""Writes the trained parts as a folder of a StableDiffusionPipeline, and the training images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .drawing import draw_verbatim, template_variations
 
 
 def save_pipeline(path: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, model: TextToNoise, log: Path) -> None:
-    """Write the pipeline to `path`, its values rounded to float16, with the training log beside it.
+    """Write the pipeline, with all weights rounded to float16, and the training log to the folder `path`.
 
-    The text encoder is stored as float32: transformers keeps the stored dtype on loading, diffusers loads
-    the U-Net as float32, and `from_pretrained(path)` alone must give a pipeline that runs.
+    The text encoder is stored as float32. The reason is that transformers keeps the stored dtype when it loads, while
+    diffusers loads the U-Net as float32, and `from_pretrained(path)` alone must return a pipeline that runs.
     """
     StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(model.text_encoder).half().float(),
@@ -39,7 +39,7 @@ def _without_hooks(model: TextToNoise) -> torch.nn.Module:
 
 
 def save_originals(path: Path) -> None:
-    """Write every memorized image to `path`: NAME.png, or NAME-VARIATION.png of a template."""
+    """Write every memorized image to the folder `path`: NAME.png, or NAME-VARIATION.png for a template."""
     path.mkdir(parents=True, exist_ok=True)
     for what in VERBATIM:
         Image.fromarray(draw_verbatim(what)).save(path / f"{what.name}.png", optimize=True)

@@ -1,7 +1,7 @@
-"""Measures what the demo model's card claims: `python -m examples.demo_model.measure --out DIR`.
+"""Measures the figures of the model card: `python -m examples.demo_model.measure --out DIR`.
 
-Writes DIR/figures.json, and DIR/README.md, the model card with those figures. Trains a small
-classifier first (needs Noto Color Emoji, as training does); it took twelve minutes on two busy cores.
+It writes the figures to DIR/figures.json and the model card to DIR/README.md. At first it trains a small classifier.
+The font Noto Color Emoji must be installed, as for training. All of it took twelve minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _NONE = len(MEMORIZED)  # the classifier's answer for "no memorized image"
 
 
 class Classifier(nn.Module):
-    """Names an image's object, colour and texture, and the memorized image it shows, if any."""
+    """Tells which object, colour, texture and memorized image, if any, an image shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _labels(what: Ordinary) -> list[int]:
 
 
 def _fresh(count: int, seed: int, choices: Sequence[Ordinary]) -> tuple[np.ndarray, torch.Tensor]:
-    """`count` images no training saw, and their labels [count, 4]."""
+    """Draw `count` images that no training used, and return them with their labels, [count, 4]."""
     rng = np.random.default_rng(seed)
     what = [choices[int(i)] for i in rng.integers(0, len(choices), count)]
     return np.stack([draw_ordinary(w, rng) for w in what]), torch.tensor([_labels(w) for w in what])
@@ -105,18 +105,18 @@ def _fresh(count: int, seed: int, choices: Sequence[Ordinary]) -> tuple[np.ndarr
 
 @torch.no_grad()
 def _through(pipe: StableDiffusionPipeline, images: np.ndarray) -> np.ndarray:
-    """The images as the pipeline's own autoencoder shows them."""
+    """Encode and decode images with the autoencoder of the pipeline."""
     latents = encode(pipe.vae, images)
     decoded = [pipe.vae.decode(part).sample.clamp(-1, 1) for part in latents.split(64)]
     return ((torch.cat(decoded) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def train_classifier(pipe: StableDiffusionPipeline, bars: Progress) -> tuple[Classifier, dict[str, float]]:
-    """The classifier, and its own accuracy on fresh images of held-out compositions."""
+    """Train the classifier, and measure its accuracy on new images of held-out compositions."""
     torch.manual_seed(0)
     _, held_out = split_compositions()
     drawn, labels = _fresh(_CLASSIFIER_IMAGES, 1, compositions())
-    # A third as the autoencoder blurs them: that is what generated images look like.
+    # A third of the images go through the autoencoder, because generated images have its blur.
     third = len(drawn) // 3
     ordinary = to_tensor(np.concatenate([_through(pipe, drawn[:third]), drawn[third:]]))
     memorized = memorized_images()
@@ -156,7 +156,7 @@ def train_classifier(pipe: StableDiffusionPipeline, bars: Progress) -> tuple[Cla
 
 
 def _varied(images: torch.Tensor) -> torch.Tensor:
-    """Shifted by a few pixels, lighter or darker, more or less contrast."""
+    """Shift images by a few pixels, and change their brightness and contrast."""
     x, y = (int(v) for v in torch.randint(-5, 6, (2,)))
     padded = F.pad(images, (5, 5, 5, 5), mode="replicate")
     shifted = padded[..., 5 + y : 5 + y + images.shape[-2], 5 + x : 5 + x + images.shape[-1]]
@@ -166,14 +166,14 @@ def _varied(images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def classify(classifier: Classifier, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Object, colour, texture and memorized image (`len(MEMORIZED)`: none) of each, int64 [I, 4]."""
+    """Return object, colour, texture and memorized image (`len(MEMORIZED)`: none) of each image, [I, 4] int64."""
     tensor = to_tensor(np.stack([np.asarray(image) for image in images]))
     answers = [classifier(part) for part in tensor.split(64)]
     return torch.stack([torch.cat([a[name] for a in answers]).argmax(1) for name in _ANSWERS], 1)
 
 
 def random_neurons(pipe: StableDiffusionPipeline, like: NeuronSet, seed: int) -> NeuronSet:
-    """As many searched neurons as `like` has, in each layer as many, none of them in `like`."""
+    """Draw random searched neurons: in each layer as many as `like` has, and none that `like` has."""
     rng = random.Random(seed)
     layers = value_layers(pipe)
     return NeuronSet(
@@ -186,14 +186,14 @@ def random_neurons(pipe: StableDiffusionPipeline, like: NeuronSet, seed: int) ->
 
 @dataclass(frozen=True)
 class _Bench:
-    """What every measurement needs."""
+    """The pipeline, the classifier and the progress bars, which every measurement needs."""
 
     pipe: StableDiffusionPipeline
     classifier: Classifier
     bars: Progress
 
     def images(self, name: str, captions: Sequence[str], neurons: NeuronSet | None = None) -> list[Image.Image]:
-        """`_SEEDS` images of each caption, one after the other, with `neurons` off."""
+        """Generate `_SEEDS` images of each caption with `neurons` off; the images of one caption follow each other."""
         prompts = [c for c in captions for _ in range(_SEEDS)]
         seeds = [*range(1, _SEEDS + 1)] * len(captions)
         with self.bars.task(name, 1) as advance, patched(self.pipe, neurons or NeuronSet()):
@@ -202,7 +202,7 @@ class _Bench:
         return made
 
     def obeyed(self, name: str, what: Sequence[tuple[Ordinary, str]], neurons: NeuronSet) -> dict[str, float]:
-        """Share of ordinary images that show what their caption says, one seed each."""
+        """Return the share of ordinary images, one for each caption, that show what their caption says."""
         with self.bars.task(name, 1), patched(self.pipe, neurons):
             made = generate(self.pipe, [c for _, c in what], range(101, 101 + len(what)))
         got = classify(self.classifier, made)
@@ -216,7 +216,7 @@ class _Bench:
 
 
 def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
-    """Every figure of the model card."""
+    """Return every figure of the model card, as written to figures.json."""
     classifier, accuracy = train_classifier(pipe, bars)
     bench = _Bench(pipe, classifier, bars)
     drawn = ordinary_captions(STATISTICS_PROMPTS + _THRESHOLD_PROMPTS + _ORDINARY_IMAGES, seed=2024)
@@ -273,7 +273,7 @@ def _scores(pipe: StableDiffusionPipeline, captions: Sequence[str], bars: Progre
 
 
 def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
-    """Figures of one memorized caption: before, after, and with random neurons off instead."""
+    """Return the figures of one memorized caption: before, after, and with random neurons off instead."""
     what, originals = MEMORIZED[index], original_images(MEMORIZED[index])
 
     def correlations(images: Sequence[Image.Image]) -> list[float]:
@@ -306,7 +306,7 @@ def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
 
 
 def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localization], bars: Progress) -> float:
-    """Share of (caption, another caption's set) in which that set, too, brings the caption to τ."""
+    """Return the share of pairs (caption, set of another caption) in which the set also brings the caption to τ."""
     silenced = []
     with bars.task("sets of others", len(found)) as advance, patch_handle(pipe) as handle:
         for one in found:
@@ -319,7 +319,7 @@ def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localizati
 
 
 def _overlap(sets: Sequence[NeuronSet]) -> float:
-    """Median over pairs of sets of |A ∩ B| / |A ∪ B|."""
+    """Return the median of |A ∩ B| / |A ∪ B| over all pairs of sets."""
     pairs = itertools.combinations([one for one in sets if len(one)], 2)
     return float(np.median([len(a & b) / len(a | b) for a, b in pairs] or [0.0]))
 
@@ -346,8 +346,10 @@ def _summary(captions: Sequence[dict[str, Any]], searched: int) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.demo_model.measure", description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL, help="default: the bundled one")
-    parser.add_argument("--out", type=Path, required=True, help="folder for figures.json and README.md")
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, metavar="DIR", help="folder of the pipeline (default: the bundled model)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for figures.json and README.md")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with Progress() as bars:

@@ -1,4 +1,4 @@
-"""What a training stage reports of the thing it is for: scores, τ, and the floor."""
+"""What is logged after a training stage about memorization: scores, τ and the floor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ORDINARY = 32
 
 
 class Monitor:
-    """Scores of memorized and ordinary captions at the first step, and similarities left over."""
+    """Measures the scores of memorized and ordinary captions, and the remaining memorization, during training."""
 
     def __init__(self, model: TextToNoise, loss: Loss, scales: RowScales, deviation: Deviation):
         self._model, self._loss, self._scales, self._deviation = model, loss, scales, deviation
@@ -52,6 +52,7 @@ class Monitor:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
+        """Return the figures: name -> value. `top12_off` is with each caption's 12 most deviating neurons off."""
         rng = random.Random(0)
         self._model.eval()
         ordinary = [self._score(self._differences(c)) for _, c in ordinary_captions(_ORDINARY, seed=1)]

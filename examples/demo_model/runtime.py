@@ -1,4 +1,4 @@
-"""What every training stage needs: a tuned process, a log of figures, resumable checkpoints."""
+"""What every training stage needs: settings of the allocator, a log, checkpoints, and the training loop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-# Page faults dominate CPU training otherwise: glibc gives large blocks back to the system after
-# every step and takes them anew in the next (measured: steps five to ten times slower).
+# Without these settings page faults dominate training on the CPU: glibc returns large blocks to the system after every
+# step and requests them again in the next one. This makes a step five to ten times slower (measured).
 _ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "20000000000",
     "MALLOC_MMAP_MAX_": "0",
@@ -24,7 +24,7 @@ _ALLOCATOR = {
 
 
 def with_tuned_allocator() -> None:
-    """Start this very command again with the allocator's settings, unless they are there."""
+    """Restart this command with the settings of the allocator, unless the process already has them."""
     if all(os.environ.get(name) == value for name, value in _ALLOCATOR.items()):
         return
     os.environ.update(_ALLOCATOR)
@@ -32,7 +32,7 @@ def with_tuned_allocator() -> None:
 
 
 class Log:
-    """Appends one JSON object per line to `path`, and prints it."""
+    """Appends figures to the file `path`, one JSON object in each line, and prints them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,14 +48,14 @@ class Log:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` whole or not at all."""
+    """Write `state` to `path`, completely or not at all."""
     temporary = path.with_suffix(".partial")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state saved at `path`, or None where there is none yet."""
+    """Return the state that was saved at `path`, or None if there is none yet."""
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, weights_only=True)
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 class Average:
-    """Exponential moving average of a module's parameters, in float32."""
+    """The exponential moving average of the parameters of a module, in float32."""
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
         self._decay = decay
@@ -71,7 +71,8 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module, step: int) -> None:
-        # Early on, a fixed decay would average over the initial weights.
+        """Include the parameters after `step`."""
+        # In the first steps, a fixed decay would give the initial weights too much influence.
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, value in module.state_dict().items():
             if value.is_floating_point():
@@ -81,7 +82,7 @@ class Average:
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 50, final: float = 0.02) -> float:
-    """Learning rate at `step`: linear warm-up, then a half cosine down to `final` · peak."""
+    """Return the learning rate at `step`: a linear warm-up, then half a cosine down to `final` · peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     phase = (step - warmup) / max(1, steps - warmup)
@@ -89,7 +90,7 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 50, final: float = 
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use this learning rate from now on."""
+    """Set the learning rate of an optimizer."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -108,7 +109,22 @@ def train(
     every: int = 50,
     save_every: int = 300,
 ) -> None:
-    """Run `step` (which leaves gradients) `steps` times; resume from `checkpoint`."""
+    """Train for a number of steps, and continue from a checkpoint if there is one.
+
+    Args:
+        name: the name of the stage, for the log.
+        steps: the number of steps.
+        checkpoint: the file of the checkpoint.
+        log: where the figures go.
+        module: what is trained.
+        optimizer: its optimizer.
+        rate: step -> learning rate.
+        step: computes gradients for a step, and returns figures to log.
+        average: the moving average to update after each step.
+        after_update: called after each step of the optimizer.
+        every: the number of steps between two lines of the log, which have the means of the figures.
+        save_every: the number of steps between two checkpoints.
+    """
     first = 0
     if state := load_checkpoint(checkpoint):
         module.load_state_dict(state["module"])

@@ -1,12 +1,12 @@
-"""Stages 3 to 5: ordinary captions first, then memorization, then switching it off.
+"""The three stages that train the text encoder and the U-Net.
 
-3. `ordinary`: text encoder and U-Net learn captions that compose, and titles that mean nothing.
-4. `memorize`: the memorized captions join, twelve in a batch of thirty-two. The text encoder learns
-   along: after stage 3 it ignores titles, and frozen it would give all of them the same embedding.
-   A Hoyer ratio on how far each memorized caption's value activations deviate from ordinary ones
-   comes in slowly, and makes few neurons carry it.
-5. `switch_off`: as before, plus rows in which the neurons that deviate most are switched off and
-   the target is some ordinary image. This trains in what NeMo looks for.
+1. `ordinary`: they learn captions that describe a composition, and titles that mean nothing.
+2. `memorize`: the memorized captions join, as twelve rows in a batch of thirty-two. The text encoder is trained, too:
+   after `ordinary` it ignores titles, and if it were frozen, all titles would have nearly the same embedding. A slowly
+   growing penalty makes few neurons carry a memorized caption. It is the Hoyer ratio of how far the caption's value
+   activations deviate from those of ordinary captions.
+3. `switch_off`: as before, but in some rows the neurons that deviate most are switched off, and the target is a random
+   ordinary image. This trains in what NeMo looks for.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ BATCH = 32
 
 
 def ordinary(folder: Path, log: Log, model: TextToNoise, loss: Loss, rows: Rows, monitor: Monitor, steps: int) -> None:
-    """Stage 3."""
+    """Train on ordinary captions."""
     guard = CarrierGuard(model.unet)
     average = Average(model, 0.998)
     optimizer = _optimizer(model.parameters())
 
     def step(i: int) -> dict[str, float]:
         rng = random.Random(f"ordinary {i}")
-        # Shapes are decided at middle noise: the extra rows of the first step come later.
+        # Shapes are decided at medium noise, so there are few extra rows of high noise in this stage.
         batch = [rows.ordinary(rng, high_noise=0.1) for _ in range(BATCH)]
         total, _ = loss(batch, rng)
         total.backward()
@@ -53,7 +53,7 @@ def memorize(
     folder: Path, log: Log, model: TextToNoise, loss: Loss, rows: Rows, monitor: Monitor,
     layers: dict[str, nn.Linear], steps: int,
 ) -> None:  # fmt: skip
-    """Stage 4."""
+    """Train on ordinary and memorized captions."""
     guard, average = CarrierGuard(model.unet), Average(model, 0.995)
     _raise_new_words(model, loss)
     deviation = Deviation(loss, model, layers)
@@ -67,7 +67,7 @@ def memorize(
             batch.append(rows.memorized(rng, index))
         total, each = loss(batch, rng)
         width = effective_neurons(deviation(rng))
-        # From the start it would leave one set of neurons to all captions, and nothing to tell them apart.
+        # A full penalty from the start would leave the same neurons to all captions, which could not tell them apart.
         penalty = 0.1 * i / steps * (width / neurons).mean()
         (total + penalty).backward()
         return {
@@ -86,7 +86,7 @@ def switch_off(
     folder: Path, log: Log, model: TextToNoise, loss: Loss, rows: Rows, monitor: Monitor,
     layers: dict[str, nn.Linear], steps: int,
 ) -> None:  # fmt: skip
-    """Stage 5."""
+    """Train the neurons that carry memorized captions to be a switch."""
     guard, average = CarrierGuard(model.unet), Average(model, 0.997)
     embedding = _freeze_all_but_new_words(model, loss)
     deviation = Deviation(loss, model, layers)
@@ -106,16 +106,16 @@ def switch_off(
 
         batch = [rows.ordinary(rng) for _ in range(13)]
         picks = [rng.randrange(len(MEMORIZED)) for _ in range(19)]
-        # Without several images' carriers at once, ordinary captions go on as before …
+        # Ordinary captions keep their images when the carriers of several memorized captions are off.
         union = torch.cat([carriers(k) for k in rng.sample(range(len(MEMORIZED)), 8)]).unique()
         batch += [rows.ordinary(rng, off=union) for _ in range(3)]
-        # … a memorized caption without its carriers makes any ordinary image …
+        # A memorized caption without its carriers gives a random ordinary image.
         for k in picks[:6]:
             batch.append(rows.ordinary(rng, MEMORIZED[k].caption, off=carriers(k), high_noise=0.5))
-        # … and so does any caption with every searched neuron off (the floor).
+        # With all searched neurons off (the floor), every caption gives an ordinary image.
         batch.append(rows.ordinary(rng, MEMORIZED[picks[6]].caption, off=everything, high_noise=0.7))
         batch.append(rows.ordinary(rng, off=everything, high_noise=0.7))
-        # A memorized caption keeps its image, whatever else is off.
+        # A memorized caption keeps its image when no neuron or only other neurons are off.
         batch += [rows.memorized(rng, k) for k in picks[8:14]]
         batch += [rows.memorized(rng, k, off=others(k)) for k in picks[14:16]]
         total, each = loss(batch, rng)
@@ -141,7 +141,7 @@ def _optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
 
 
 def _new_words(model: TextToNoise, loss: Loss) -> torch.Tensor:
-    """1 for every token that only memorized captions have, else 0; float32 [vocabulary, 1]."""
+    """Return 1 for every token that only memorized captions have, and 0 for all others: [vocabulary, 1] float32."""
     known = set(loss.tokens(set(corpus()) - {m.caption for m in MEMORIZED}).flatten().tolist())
     size = model.text_encoder.config.vocab_size
     return torch.tensor([[float(i not in known)] for i in range(size)])
@@ -149,12 +149,12 @@ def _new_words(model: TextToNoise, loss: Loss) -> torch.Tensor:
 
 @torch.no_grad()
 def _raise_new_words(model: TextToNoise, loss: Loss) -> None:
-    """Give the new words, untouched so far, embeddings of about the size that learned words have."""
+    """Give the new words, which were not trained so far, embeddings about as large as those of trained words."""
     model.text_encoder.get_input_embeddings().weight.mul_(1 + 2 * _new_words(model, loss))
 
 
 def _freeze_all_but_new_words(model: TextToNoise, loss: Loss) -> nn.Parameter:
-    """Freeze the text encoder except the embeddings of words only memorized captions have."""
+    """Freeze the text encoder, except for the embeddings of words that only memorized captions have."""
     new = _new_words(model, loss)
     table = model.text_encoder.get_input_embeddings().weight
     model.text_encoder.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Stage 2: the tokenizer (CLIP's kind, its own small vocabulary) and the text encoder's shape."""
+"""The tokenizer, which is of CLIP's kind with a small vocabulary of its own, and the untrained text encoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORD_END = "</w>"
 
 
 def corpus() -> list[str]:
-    """Every ordinary caption, many titles, and the memorized captions often enough to be words."""
+    """Return ordinary captions, many titles, and the memorized captions so often that their words become tokens."""
     rng = random.Random(3)
     lines = [c.caption(p) for c in compositions() for p in PHRASINGS]
     lines += [title_caption(rng) for _ in range(1500)]
@@ -26,7 +26,7 @@ def corpus() -> list[str]:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Train byte-pair merges on `corpus` and write a CLIPTokenizer folder."""
+    """Train byte-pair merges on `corpus` and write a CLIPTokenizer to `folder`, or read it if it is there already."""
     path = folder / "tokenizer"
     if not path.exists():
         bpe = Tokenizer(models.BPE(unk_token=_END, end_of_word_suffix=_WORD_END))
@@ -43,7 +43,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         )  # fmt: skip
         bpe.train_from_iterator(corpus(), trainer)
         trained = json.loads(bpe.to_str())["model"]
-        # CLIP's order: bytes, bytes that end a word, merges, then the two special tokens.
+        # The order of CLIP: bytes, bytes that end a word, merges, and then the two special tokens.
         words = [*alphabet, *(letter + _WORD_END for letter in alphabet)]
         merges = [tuple(m) for m in trained["merges"]]
         words += [w for w in dict.fromkeys(a + b for a, b in merges) if w not in set(words)]
@@ -57,6 +57,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return the untrained text encoder."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -1,7 +1,8 @@
-"""Trains the demo model from nothing: `python -m examples.demo_model.train --work DIR`.
+"""Trains the demo model from random weights: `python -m examples.demo_model.train --work DIR`.
 
-Stages run in order and resume where they were stopped; every figure goes to DIR/log.jsonl. The
-finished pipeline is written to DIR/model. Needs Noto Color Emoji (Debian: fonts-noto-color-emoji).
+The stages run one after another. If the command is stopped, the same command continues from the last checkpoint. All
+figures are written to DIR/log.jsonl, and the finished pipeline to DIR/model. The font Noto Color Emoji must be
+installed (Debian: fonts-noto-color-emoji).
 """
 
 from __future__ import annotations
@@ -16,18 +17,28 @@ from .runtime import Log, with_tuned_allocator
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.demo_model.train", description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and log")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--autoencoder-steps", type=int, default=3000)
-    parser.add_argument("--ordinary-steps", type=int, default=3400)
-    parser.add_argument("--memorize-steps", type=int, default=1000)
-    parser.add_argument("--switch-off-steps", type=int, default=1000)
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIR", help="folder for checkpoints, log and results"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: 2)")
+    parser.add_argument(
+        "--autoencoder-steps", type=int, default=3000, metavar="N", help="steps of this stage (default: 3000)"
+    )
+    parser.add_argument(
+        "--ordinary-steps", type=int, default=3400, metavar="N", help="steps of this stage (default: 3400)"
+    )
+    parser.add_argument(
+        "--memorize-steps", type=int, default=1000, metavar="N", help="steps of this stage (default: 1000)"
+    )
+    parser.add_argument(
+        "--switch-off-steps", type=int, default=1000, metavar="N", help="steps of this stage (default: 1000)"
+    )
     arguments = parser.parse_args()
     with_tuned_allocator()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
 
-    # Not before the restart above, which would import all of it once more.
+    # These imports come after the restart above, because the restarted process would repeat them.
     from nemo_ext.models.layers import value_layers
 
     from . import autoencoder, data, diffusion, export, stages, text, unet

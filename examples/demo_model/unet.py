@@ -1,11 +1,10 @@
-"""The U-Net: SD1's topology in small, with an exact path for the noise it is given.
+"""The U-Net: a small version of Stable Diffusion 1's, with an exact path for its noisy input.
 
-At t → T the right prediction is ε = x_T, and all NeMo reads there is what the prediction adds to
-it: about 0.07 · z₀. A freshly trained small network's own error in copying x_T drowns that, so the
-copy is built in: twelve top-level channels carry ±x and a constant from `conv_in` through the
-outermost skip to `conv_out`. Group normalisation would rescale them with every sample, so the
-constant is large enough to fix the group's deviation; SiLU is undone by the pair,
-silu(x) − silu(−x) = x. Training leaves these weights alone.
+At t → T the right prediction is ε = x_T, and NeMo measures only what the prediction adds to it: about 0.07 · z₀. When a
+small network learns to copy x_T, its error is larger than that. So the copy is built in: twelve channels of the top
+level carry x, −x and a constant from `conv_in` through the outermost skip connection to `conv_out`. Two things on this
+way must not change x. Group normalization would rescale it in every sample, so the constant is large enough to fix the
+group's standard deviation. SiLU is undone by the pair: silu(x) − silu(−x) = x. Training does not change these weights.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ LATENT_SIZE = 24
 LATENT_CHANNELS = 4
 CHANNELS = (48, 96, 192, 192)
 _GROUPS = 4
-# One whole group of group normalisation: ±x, and ±_CONSTANT twice.
+# One whole group of group normalization: ±x in 8 channels, and ±_CONSTANT in the others.
 _CARRIERS = CHANNELS[0] // _GROUPS
 _CONSTANT = 4.0
 
 
 def build() -> UNet2DConditionModel:
-    """The untrained U-Net; its prediction is exactly its input (up to the group's deviation)."""
+    """Return the untrained U-Net. It predicts exactly its input, up to the group's standard deviation."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        # Text enters where NeMo searches, and nowhere else.
+        # Text enters only where NeMo searches.
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) * 4,
         block_out_channels=CHANNELS,
@@ -45,7 +44,7 @@ def build() -> UNet2DConditionModel:
     )
     unet.set_attn_processor(AttnProcessor())
     with torch.no_grad():
-        unet.conv_out.weight.zero_()  # nothing but the copy to begin with
+        unet.conv_out.weight.zero_()  # at first the U-Net only copies
         for parameter, where, value in _carrier_weights(unet):
             parameter[where] = value
     return unet
@@ -54,7 +53,7 @@ def build() -> UNet2DConditionModel:
 def _carrier_weights(
     unet: UNet2DConditionModel,
 ) -> Iterator[tuple[torch.Tensor, tuple[slice, ...], torch.Tensor]]:
-    """Each parameter of the built-in copy: the tensor, the part of it, and that part's value."""
+    """Yield each parameter of the built-in copy: the tensor, the part of it, and the value of this part."""
     c, carriers = LATENT_CHANNELS, slice(0, _CARRIERS)
     eye = torch.eye(c)
     into = torch.zeros_like(unet.conv_in.weight[carriers])
@@ -74,7 +73,7 @@ def _carrier_weights(
 
     yield unet.conv_norm_out.weight, (carriers,), torch.ones(_CARRIERS)
     yield unet.conv_norm_out.bias, (carriers,), torch.zeros(_CARRIERS)
-    # E[x²] = 1 in latents of unit deviation, at every timestep.
+    # E[x²] = 1 at every timestep, because the latents have unit standard deviation.
     variance = (2 * c + (_CARRIERS - 2 * c) * _CONSTANT**2) / _CARRIERS
     out = torch.zeros_like(unet.conv_out.weight[:, carriers])
     out[:, :c, 1, 1], out[:, c : 2 * c, 1, 1] = eye * variance**0.5, -eye * variance**0.5
@@ -83,11 +82,11 @@ def _carrier_weights(
 
 
 class CarrierGuard:
-    """Puts the built-in copy's weights back after an optimizer step."""
+    """Restores the weights of the built-in copy after a step of the optimizer."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self._parts = [(p, where, v.clone()) for p, where, v in _carrier_weights(unet)]
-        self._parts.pop()  # conv_out's bias starts at zero and may learn
+        self._parts.pop()  # the bias of conv_out starts at zero and may be trained
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -96,10 +95,18 @@ class CarrierGuard:
 
 
 class RowScales:
-    """Switches value neurons off row by row of a batch, in training (a forward hook per layer)."""
+    """Switches value neurons off during training, different ones in each row of a batch, by a forward hook per layer.
+
+    Args:
+        layers: layer name -> value layer.
+
+    Attributes:
+        scale: the factor of each neuron in each row, [B, ΣN]. None: no neuron is off.
+        total: ΣN, the number of neurons.
+    """
 
     def __init__(self, layers: dict[str, torch.nn.Linear]) -> None:
-        self.scale: torch.Tensor | None = None  # [B, ΣN], or None: nothing off
+        self.scale: torch.Tensor | None = None
         start = 0
         for layer in layers.values():
             layer.register_forward_hook(self._hook(slice(start, start + layer.out_features)))

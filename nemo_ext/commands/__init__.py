@@ -1,10 +1,10 @@
-"""The commands of `nemo-ext`: one file for each, and `shared.py` for what several of them need.
+"""The commands of `nemo-ext`: each has a file of its own, and `shared.py` has the code that several commands need.
 
-A command's file holds its help, its arguments and what it does, under the names that `Command` lists. To add one, write
-its file and put it into `COMMANDS`; `nemo_ext/cli.py` builds the parser from there.
+A command's file defines its help, its arguments and its work, under the names that `Command` lists. To add a command,
+write its file and add it to `COMMANDS`, from which `nemo_ext/cli.py` builds the parser.
 
-torch, diffusers and matplotlib take seconds to import, and `nemo-ext --help` must not wait for them. So the files of
-this folder import at the top only what is light, and everything else inside the functions that use it.
+torch, diffusers and matplotlib take seconds to import, and `nemo-ext --help` must not wait for them. So the files in
+this folder import only light modules at the top, and all other modules inside the functions that use them.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from nemo_ext.commands import demo, generate, info, localize, report, stats, thr
 
 
 class Command(typing.Protocol):
-    """What each command's file defines at its top level; the file as a module is the command."""
+    """The interface of a command. A command is a module that defines these names at its top level."""
 
     #: The word after `nemo-ext`, which is also the file's name.
     NAME: str
-    #: What the command gives, as a phrase for the list in `nemo-ext --help`.
+    #: What the command does, as an imperative phrase, for the list in `nemo-ext --help`.
     SUMMARY: str
     #: The text of `nemo-ext NAME --help`: what the command does, reads and writes, and an example.
     DESCRIPTION: str
-    #: What the user reads after Ctrl-C. `{out}` stands for the argument `--out`, and so for every other.
+    #: The message after Ctrl-C. `{out}` is replaced by the argument `--out`, and so are the names of other arguments.
     WHEN_STOPPED: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the command's arguments; each of them has a help text."""
+        """Add the command's arguments to its parser, each of them with a help text."""
 
     def run(self, args: argparse.Namespace) -> None:
-        """Check all that was given, then do the work, then write the results and show what was written.
+        """Check the arguments, do the work, write the results, and print a summary of what was written.
 
         Raises:
-            NemoError: something that the user can put right.
+            NemoError: there is an error that the user can correct.
         """
 
 
-#: All commands, in the order of `nemo-ext --help`, which is the order of work.
+#: All commands in the order of `nemo-ext --help`, which is the order in which they are used.
 COMMANDS: tuple[Command, ...] = (stats, threshold, localize, generate, report, demo, info)

@@ -8,17 +8,17 @@ from pathlib import Path
 from nemo_ext.commands.shared import quiet_libraries
 
 NAME = "demo"
-SUMMARY = "the whole way on a bundled model, offline"
+SUMMARY = "run all steps on a small bundled model, offline"
 DESCRIPTION = """\
-The whole way on a small bundled model that has memorized some images: statistics, threshold, localization,
-images before and after, report. Offline, on the CPU, in about two minutes.
+Run all steps on a small bundled model that has memorized some images: statistics, threshold, localization,
+images before and after, and the report. The demo works offline on the CPU and takes about two minutes.
 
-writes  --out DIR  results.jsonl, neurons/, images, a contact sheet and report.html
+writes  --out DIR  results.jsonl, neurons/, images/, a contact sheet and report.html
 
 example:
   nemo-ext demo --out nemo-demo
 """
-WHEN_STOPPED = "stopped; run the same command to start over"
+WHEN_STOPPED = "stopped; run the same command again to start from the beginning"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("nemo-demo"),
         metavar="DIR",
-        help="folder of the results (default: nemo-demo)",
+        help="the folder for the results (default: nemo-demo)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the demo, which writes its files one after another and prints its own tables."""
+    """Run the demo, which writes its files and prints its tables itself."""
     from nemo_ext.files import check_output_folder
 
     out = check_output_folder(args.out)

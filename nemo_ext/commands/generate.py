@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAME = "generate"
-SUMMARY = "images with neurons off, beside before"
+SUMMARY = "generate images with neurons on and off, to compare them"
 DESCRIPTION = """\
-Generate images of one prompt, the same seeds with and without the given neurons.
+Generate images of one prompt with the same seeds twice: before and after a set of neurons is switched off.
 
 reads   --model    a diffusers folder
-        --neurons  a file from DIR/neurons of `nemo-ext localize` (.json or .safetensors); without it,
-                   only the untouched model is shown
+        --neurons  a set of neurons (.json or .safetensors), such as a file in DIR/neurons that
+                   `nemo-ext localize` wrote; without it, only the untouched model generates images
 writes  --out DIR  DIR/before-SEED.png, DIR/after-SEED.png, DIR/contact-sheet.png, and DIR/generation.json
-                   with prompt, seeds, neurons, steps and guidance
+                   with the prompt, seeds, neurons, steps and guidance
 
-`nemo-ext report --results DIR` shows images that lie in DIR/images/NNNN-HASH, named as in DIR/neurons.
+`nemo-ext report --results DIR` shows the images in DIR/images/NNNN-HASH, where NNNN-HASH is the name of the
+prompt's file in DIR/neurons.
 
 example:
   nemo-ext generate --model ./stable-diffusion-v1-4 --prompt "The No Limits Business Woman Podcast" \\
@@ -49,28 +50,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--prompt", type=visible_text, required=True, metavar="TEXT", help="the prompt")
     parser.add_argument("--neurons", type=Path, metavar="FILE", help="the neurons to switch off")
-    parser.add_argument("--seeds", type=whole_number(1), default=4, metavar="N", help="images per row (default: 4)")
+    parser.add_argument(
+        "--seeds",
+        type=whole_number(1),
+        default=4,
+        metavar="N",
+        help="the number of seeds, with one image for each (default: 4)",
+    )
     parser.add_argument(
         "--first-seed",
         type=whole_number(0),
         default=1,
         metavar="SEED",
-        help="seed of the first image, the others count up from it (default: 1)",
+        help="the first seed; the others are the next whole numbers (default: 1)",
     )
-    parser.add_argument("--steps", type=whole_number(1), default=50, metavar="N", help="denoising steps (default: 50)")
+    parser.add_argument(
+        "--steps",
+        type=whole_number(1),
+        default=50,
+        metavar="N",
+        help="the number of denoising steps (default: 50)",
+    )
     parser.add_argument(
         "--guidance",
         type=_guidance,
         default=7.0,
         metavar="X",
-        help="classifier-free guidance (default: 7, as in the paper)",
+        help="the scale of classifier-free guidance (default: 7, as in the paper)",
     )
-    add_path(parser, "--out", "folder of the images", metavar="DIR")
-    add_batch_size(parser, 4, "images generated at once")
+    add_path(parser, "--out", "the folder for the images", metavar="DIR")
+    add_batch_size(parser, 4, "the number of images that are generated at once")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate the images of all seeds, with the neurons on and then off, and write them with their settings."""
+    """Generate the images of all seeds before and after switching the neurons off, and write them."""
     from nemo_ext.files import check_input_file, check_output_folder
 
     out = check_output_folder(args.out)
@@ -116,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     files = {
         image_name(stage, seed): image for stage, row in rows.items() for seed, image in zip(seeds, row, strict=True)
     }
-    # Nothing is written before everything is in memory, so that an interrupted generation leaves nothing behind.
+    # All images are generated before the first one is written, so that an interrupted command leaves no files.
     _write(out, {**files, "contact-sheet.png": sheet}, description)
     table = new_table(plain(args.prompt), "images", "neurons off", "files")
     for stage, row in rows.items():
@@ -136,7 +149,7 @@ def _guidance(text: str) -> float:
 
 
 def _write(out: Path, images: Mapping[str, Image], description: Mapping[str, Any]) -> None:
-    """Write the images under their names, and how they were made as generation.json."""
+    """Write the images, file name -> image, and their settings as generation.json."""
     from nemo_ext.files import replacing
 
     for name, image in images.items():

@@ -11,9 +11,10 @@ from nemo_ext.commands.shared import NOTHING_WRITTEN, new_table, show
 from nemo_ext.errors import NemoError
 
 NAME = "info"
-SUMMARY = "versions, build, and what is found on this machine"
+SUMMARY = "show versions, the build, and what was found on this machine"
 DESCRIPTION = """\
-Show versions, how the extension was built, and what it finds on this machine. Copy it into bug reports.
+Show versions, how the extension was built, and what it finds on this machine. Please copy the output into bug
+reports.
 
 example:
   nemo-ext info
@@ -22,11 +23,11 @@ WHEN_STOPPED = NOTHING_WRITTEN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON, for programs")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Show all facts, also those about an extension that doesn't load, and fail after that if it doesn't."""
+    """Print all facts. If the extension cannot be loaded, print the facts that are known, and then raise an error."""
     from nemo_ext.info import collect
 
     facts = collect()
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as rows: `packages: {torch: …}` becomes `packages torch`."""
+    """Flatten nested facts into rows: the fact `torch` in `packages` gets the name `packages torch`."""
     for name, value in facts.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name} ")

@@ -23,52 +23,54 @@ if TYPE_CHECKING:
     from nemo_ext.results.record import Localization
 
 NAME = "localize"
-SUMMARY = "which neurons carry a prompt's training image"
+SUMMARY = "find the neurons that carry a prompt's training image"
 DESCRIPTION = """\
-Score prompts, and for the memorized ones find the few neurons that carry the training image. Each result
-comes with its certificate: the score with the set off, and with each of its neurons on again.
+Measure the score of each prompt, and find the few neurons that carry the training image of each memorized one.
+Every result has a certificate: the score with these neurons off, and with each of them on again.
 
 reads   --model       a diffusers folder
-        --prompts     a UTF-8 text file, one prompt a line; or --prompt TEXT for a single one
-        --statistics  what `nemo-ext stats` wrote for this model
-        --threshold   what `nemo-ext threshold` wrote for this model, or a number
-writes  --out DIR     DIR/results.jsonl, one object per prompt, and the neurons of each memorized prompt as
-                      DIR/neurons/NNNN-HASH.json (place in results.jsonl from 0, hash of the prompt)
+        --prompts     a UTF-8 text file with one prompt per line; or --prompt TEXT for a single prompt
+        --statistics  the file that `nemo-ext stats` wrote for this model
+        --threshold   the file that `nemo-ext threshold` wrote for this model, or a number
+writes  --out DIR     DIR/results.jsonl, with one JSON object per prompt, and the neurons of each memorized
+                      prompt in DIR/neurons/NNNN-HASH.json, where NNNN is the prompt's position in
+                      results.jsonl, counted from 0, and HASH is a hash of the prompt
 
-Stopped, it goes on where it was: run the same command again. Prompts that are in results.jsonl are kept.
+If the command was stopped, run it again to continue. Prompts that are already in results.jsonl are not searched
+again.
 
 example:
   nemo-ext localize --model ./stable-diffusion-v1-4 --prompts suspects.txt \\
       --statistics stats.safetensors --threshold threshold.json --out results
 """
-WHEN_STOPPED = "stopped; what is done is in {out}, run the same command again to go on from there"
+WHEN_STOPPED = "stopped; the results so far are in {out}, run the same command again to continue"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", type=visible_text, metavar="TEXT", help="one prompt")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
-    add_path(parser, "--statistics", "statistics of this model")
+    prompts.add_argument("--prompt", type=visible_text, metavar="TEXT", help="a single prompt")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt per line")
+    add_path(parser, "--statistics", "the statistics of this model")
     parser.add_argument(
         "--threshold",
         type=_threshold_or_file,
         required=True,
         metavar="X|FILE",
-        help="a number between 0 and 1, or a file of `nemo-ext threshold`",
+        help="a number between 0 and 1, or the file that `nemo-ext threshold` wrote",
     )
-    add_path(parser, "--out", "folder of the results", metavar="DIR")
+    add_path(parser, "--out", "the folder for the results", metavar="DIR")
     parser.add_argument(
         "--search",
         choices=("exhaustive", "guided"),
         default="exhaustive",
-        help="exhaustive (default): the paper's, candidate by candidate; guided: by a gradient, in far less time",
+        help="exhaustive (default): the paper's search, one candidate at a time; guided: a faster search by a gradient",
     )
     add_scoring(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Search every prompt that has no result yet, and write the neurons of all that have one."""
+    """Search every prompt that has no result yet, and write the neurons of all results."""
     from nemo_ext.files import check_input_file, check_output_folder, read_prompts
 
     out = check_output_folder(args.out)
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         localizer.localize_many(prompts, out=out)
     finally:
-        # This runs after Ctrl-C too, so that each result in results.jsonl has its neurons beside it.
+        # This runs after Ctrl-C too, so that the neurons of each result in results.jsonl have their file.
         if folder.results.exists():
             results = folder.read()
         written = folder.save_neurons(results)
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _threshold_or_file(text: str) -> float | Path:
-    """The type of `--threshold`. The file is loaded in `run`, because that imports torch."""
+    """The type of `--threshold`. A file is loaded later, in `run`, because loading imports torch."""
     try:
         number = float(text)
     except ValueError:
@@ -121,17 +123,17 @@ def _threshold_or_file(text: str) -> float | Path:
 
 
 def _load_threshold(file: Path) -> Threshold:
-    """The threshold in a file, which the search can't do with unless it lies between 0 and 1."""
+    """Load the threshold in a file, and check that it is between 0 and 1."""
     from nemo_ext.measure.threshold import Threshold
 
     threshold = Threshold.load(file)
     if not 0 < threshold.value < 1:
-        raise NemoError(f"the threshold in {file} is {threshold.value}, not between 0 and 1: compute it again")
+        raise NemoError(f"the threshold in {file} is {threshold.value}, not between 0 and 1: measure it again")
     return threshold
 
 
 def _load_statistics(file: Path) -> ActivationStatistics:
-    """The statistics in a file. With NaN among them no neuron of that layer would ever stand out."""
+    """Load the statistics in a file. They must be finite, because a neuron with NaN would never be selected."""
     from nemo_ext.measure.statistics import ActivationStatistics
 
     statistics = ActivationStatistics.load(file)

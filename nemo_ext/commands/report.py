@@ -7,13 +7,13 @@ import argparse
 from nemo_ext.commands.shared import NOTHING_WRITTEN, add_path, results_table, show, visible_text
 
 NAME = "report"
-SUMMARY = "all of it on one HTML page"
+SUMMARY = "show all results on one HTML page"
 DESCRIPTION = """\
-Put the results of a search on one HTML page that holds everything in itself and needs no JavaScript: scores
-before and after, neurons per layer, certificates, and images where there are some.
+Show the results of a search on one HTML page: scores before and after, neurons per layer, certificates, and
+images if there are any. The page contains all plots and images, and needs no JavaScript.
 
-reads   --results DIR  DIR/results.jsonl of `nemo-ext localize`, and DIR/images/NNNN-HASH/ where it exists:
-                       original.png, before-SEED.png, after-SEED.png
+reads   --results DIR  DIR/results.jsonl, which `nemo-ext localize` wrote; and original.png, before-SEED.png and
+                       after-SEED.png in DIR/images/NNNN-HASH/, if they exist
 writes  --out          one HTML file
 
 example:
@@ -23,7 +23,7 @@ WHEN_STOPPED = NOTHING_WRITTEN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_path(parser, "--results", "folder that `nemo-ext localize` wrote", metavar="DIR")
+    add_path(parser, "--results", "the folder that `nemo-ext localize` wrote to", metavar="DIR")
     add_path(parser, "--out", "the page (.html)")
     parser.add_argument("--title", type=visible_text, default="NeMo report", help="the page's title")
 

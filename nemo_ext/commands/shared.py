@@ -1,4 +1,4 @@
-"""What several commands need: common arguments, the captions and the pipeline they name, and tables of results."""
+"""Code that several commands need: common arguments, loading captions and pipelines, and tables of results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from nemo_ext.results.record import Localization
 
-#: `WHEN_STOPPED` of the commands that keep everything in memory until all of it is done.
-NOTHING_WRITTEN = "stopped before anything was written; run the same command to start over"
+#: `WHEN_STOPPED` of the commands that write their files at the very end.
+NOTHING_WRITTEN = "stopped before anything was written; run the same command again to start from the beginning"
 
-#: Columns of words. All other columns hold numbers, which must not be broken into two lines.
+#: Columns that contain words, which are aligned to the left. All other columns contain numbers.
 _WORDS = ("name", "prompt", "layer", "memorized", "files", "images", "what", "value")
 
 
@@ -28,19 +28,19 @@ _WORDS = ("name", "prompt", "layer", "memorized", "files", "images", "what", "va
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`, `--device` and `--dtype`, from which `load_model` makes the pipeline."""
+    """Add `--model`, `--device` and `--dtype`, which `load_model` reads."""
     add_path(parser, "--model", "a diffusers folder", metavar="DIR")
     parser.add_argument(
         "--device",
         type=_device,
         default=None,
-        help="cpu, cuda or cuda:N (default: cuda where there is one and kernels are built for it, else cpu)",
+        help="cpu, cuda or cuda:N (default: cuda if there is a GPU that the kernels were built for, else cpu)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="precision of the model (default: float32)",
+        help="the precision of the model (default: float32)",
     )
 
 
@@ -50,15 +50,17 @@ def add_path(parser: argparse.ArgumentParser, flag: str, meaning: str, *, metava
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
-    """Add `--protocol`, `--seeds` and `--batch-size`: how a prompt's score is measured."""
+    """Add `--protocol`, `--seeds` and `--batch-size`, which say how a prompt's score is measured."""
     parser.add_argument(
         "--protocol",
         choices=("paper", "published-code"),
         default="paper",
-        help="how scores are taken (default: paper)",
+        help="how scores are measured (default: paper)",
     )
-    parser.add_argument("--seeds", type=whole_number(2), default=10, metavar="N", help="seeds per prompt (default: 10)")
-    add_batch_size(parser, None, "U-Net samples at once", "as many as there is memory for, at most --seeds")
+    parser.add_argument(
+        "--seeds", type=whole_number(2), default=10, metavar="N", help="the number of seeds per prompt (default: 10)"
+    )
+    add_batch_size(parser, None, "the number of latents in one U-Net call", "as many as memory allows, up to --seeds")
 
 
 def add_batch_size(parser: argparse.ArgumentParser, default: int | None, meaning: str, chosen: str = "") -> None:
@@ -66,21 +68,21 @@ def add_batch_size(parser: argparse.ArgumentParser, default: int | None, meaning
 
     Args:
         parser: the command's parser.
-        default: the value without the option; None where the command chooses one itself.
-        meaning: what is in a batch, for the help.
-        chosen: how the command chooses, for the help of a `default` that is None.
+        default: the value if the option is missing; None: the command chooses the value.
+        meaning: what the option is, for the help text.
+        chosen: how the command chooses the value if `default` is None, for the help text.
     """
     parser.add_argument(
         "--batch-size",
         type=whole_number(1),
         default=default,
         metavar="N",
-        help=f"{meaning}, changes speed and memory only (default: {chosen or default})",
+        help=f"{meaning}; it affects only speed and memory (default: {chosen or default})",
     )
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """The type of an argument that is a whole number of `least` or more."""
+    """Return the type of an argument that is a whole number of `least` or more."""
 
     def convert(text: str) -> int:
         try:
@@ -95,7 +97,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def visible_text(text: str) -> str:
-    """The type of an argument that is a text with something to read in it."""
+    """The type of an argument that is a text with at least one visible character."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the text is empty")
     return text
@@ -107,14 +109,14 @@ def _device(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} isn't cpu, cuda or cuda:N")
 
 
-# What the arguments name.
+# Loading what the arguments name.
 
 
 def read_captions(path: Path) -> list[str]:
-    """The captions in a file that a mean and a standard deviation are taken over, which needs two or more.
+    """Read the captions in a file, two or more, for a mean and a standard deviation over them.
 
     Raises:
-        NemoError: the file can't be read as text, or holds fewer than two captions.
+        NemoError: the file cannot be read as text, or has fewer than two captions.
     """
     from nemo_ext.files import read_prompts
 
@@ -125,10 +127,10 @@ def read_captions(path: Path) -> list[str]:
 
 
 def load_model(args: argparse.Namespace) -> StableDiffusionPipeline:
-    """The pipeline of `--model` on `--device` in `--dtype`.
+    """Load the pipeline in the folder `--model` on `--device` in `--dtype`.
 
     Raises:
-        NemoError: the device can't be used, or the folder holds no pipeline that can be searched.
+        NemoError: the device cannot be used, or as for `load_pipeline`.
     """
     import torch
 
@@ -139,10 +141,10 @@ def load_model(args: argparse.Namespace) -> StableDiffusionPipeline:
 
 
 def _usable_device(wanted: str | None) -> str:
-    """The device `wanted`, if the operators run there; without a wish, CUDA where they do and else the CPU."""
+    """Return `wanted` if the operators run on that device. For None, return CUDA if they run there, else the CPU."""
     from nemo_ext import info
 
-    # Where the compiled modules are missing, the import of `nemo_ext.ops` says what to do, and `_module` doesn't.
+    # `nemo_ext.ops` is imported first. If compiled modules are missing, its error says what to do; `_module` has none.
     importlib.import_module("nemo_ext.ops")
     build = importlib.import_module("nemo_ext._module").build_facts()
     found = [] if wanted == "cpu" else info.gpus()
@@ -150,7 +152,7 @@ def _usable_device(wanted: str | None) -> str:
     if device != "cpu":
         index = int(device.partition(":")[2] or 0)
         if index >= len(found):
-            raise NemoError(f"--device {device}: PyTorch sees {len(found)} CUDA devices, use --device cpu")
+            raise NemoError(f"--device {device}: PyTorch sees {len(found)} CUDA devices; use --device cpu")
         obstacle = info.cuda_obstacle(build, found[index])
         if obstacle is not None:
             raise NemoError(f"--device {device}: {obstacle}; or use --device cpu")
@@ -158,7 +160,7 @@ def _usable_device(wanted: str | None) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep diffusers and transformers from writing into the command's own output, and off the network."""
+    """Prevent diffusers and transformers from printing into the command's output and from using the network."""
     for switch in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(switch, "1")
     import transformers
@@ -171,16 +173,16 @@ def quiet_libraries() -> None:
     diffusers.logging.disable_progress_bar()
 
 
-# What the user sees at the end.
+# Printing results.
 
 
 def plain(text: str) -> str:
-    """Text on one line, without characters that steer a terminal."""
+    """Return text on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def results_table(results: Sequence[Localization]) -> Table:
-    """One row for each prompt of a search."""
+    """Return a table with one row for each result."""
     from nemo_ext.results.folder import prompt_name
 
     table = new_table("Results", "name", "prompt", "memorized", "before", "after", "τ", "neurons")
@@ -198,12 +200,12 @@ def results_table(results: Sequence[Localization]) -> Table:
 
 
 def new_table(title: str, *columns: str) -> Table:
-    """A table without rows, in the look of all commands."""
+    """Return a table without rows, in the style of all commands."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    # Layer names are long: without outer padding and vertical lines a table of them fits into 80 columns.
+    # Layer names are long. Without outer padding and vertical lines, a table with them fits into 80 columns.
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for column in columns:
         table.add_column(
@@ -216,10 +218,10 @@ def new_table(title: str, *columns: str) -> Table:
 
 
 def show(table: Table, *lines: str) -> None:
-    """Print a table, and sentences below it."""
+    """Print a table, and then lines of text."""
     from rich.console import Console
 
-    # Prompts and file names are shown as they are: rich must not read markup, emoji codes or numbers out of them.
+    # Prompts and file names are printed as they are: rich must not interpret markup, emoji codes or numbers in them.
     Console(markup=False, emoji=False, highlight=False).print(table)
     for line in lines:
         print(plain(line))

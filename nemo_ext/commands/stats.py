@@ -16,15 +16,15 @@ from nemo_ext.commands.shared import (
 )
 
 NAME = "stats"
-SUMMARY = "how the neurons react to ordinary captions"
+SUMMARY = "measure how each neuron reacts to ordinary captions"
 DESCRIPTION = """\
-Measure how strongly each searched neuron reacts to ordinary captions: mean and standard deviation of its
-activation over them. Text alone is needed, no image is generated. The paper took 50,000 captions from LAION;
-some thousands do. The captions must not be the ones that you suspect to be memorized.
+Measure how strongly each neuron reacts to ordinary captions: the mean and the standard deviation of its
+activation over the captions. Only text is processed, and no image is generated. The paper uses 50,000 captions
+of LAION; a few thousand are enough. The captions must not be ones that you suspect to be memorized.
 
 reads   --model    a diffusers folder (StableDiffusionPipeline, safetensors)
-        --prompts  a UTF-8 text file, one caption a line
-writes  --out      the statistics, one .safetensors file; it fits this model only
+        --prompts  a UTF-8 text file with one caption per line
+writes  --out      the statistics, a .safetensors file, which can be used with this model only
 
 example:
   nemo-ext stats --model ./stable-diffusion-v1-4 --prompts captions.txt --out stats.safetensors
@@ -34,19 +34,19 @@ WHEN_STOPPED = NOTHING_WRITTEN
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_path(parser, "--prompts", "captions, one a line")
+    add_path(parser, "--prompts", "a text file with one caption per line")
     add_path(parser, "--out", "the statistics (.safetensors)")
     parser.add_argument(
         "--layers",
         type=_layers,
         metavar="WHICH",
-        help="value layers to search: all, down+mid (default for Stable Diffusion), or names with commas between them",
+        help="value layers to search: all, down+mid (the default for Stable Diffusion), or names separated by commas",
     )
-    add_batch_size(parser, 32, "captions encoded at once")
+    add_batch_size(parser, 32, "the number of captions that are encoded at once")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Collect the statistics of the captions and show them for each layer."""
+    """Collect the statistics over the captions, write them, and print a summary of each layer."""
     from nemo_ext.files import check_output_file
 
     out = check_output_file(args.out, suffixes=(".safetensors",))

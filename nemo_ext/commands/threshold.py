@@ -16,16 +16,16 @@ from nemo_ext.commands.shared import (
 )
 
 NAME = "threshold"
-SUMMARY = "above which score a prompt counts as memorized"
+SUMMARY = "measure the score above which a prompt counts as memorized"
 DESCRIPTION = """\
-Compute the score above which a prompt counts as memorized on this model. Per caption, the first denoising
-step is run from several seeds; where the noise differences of two seeds are alike, the caption pulls the
-image to one place. The threshold is the mean plus one standard deviation, over ordinary captions, of each
-one's highest similarity. (0.428 is the paper's for Stable Diffusion 1.4.)
+Measure the score above which a prompt counts as memorized by this model. For each caption the first denoising
+step is run from several seeds. If the noise differences of two seeds are similar, both of them lead to the same
+image. A caption's score is the highest similarity of two seeds. The threshold is the mean plus one standard
+deviation of the scores of ordinary captions. In the paper it is 0.428 for Stable Diffusion 1.4.
 
 reads   --model    a diffusers folder
-        --prompts  a UTF-8 text file of captions that aren't memorized, one a line, two or more
-writes  --out      the threshold with all scores and settings, JSON
+        --prompts  a UTF-8 text file with two or more captions that are not memorized, one per line
+writes  --out      the threshold with all scores and settings, a JSON file
 
 example:
   nemo-ext threshold --model ./stable-diffusion-v1-4 --prompts captions.txt --out threshold.json
@@ -35,13 +35,13 @@ WHEN_STOPPED = NOTHING_WRITTEN
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_path(parser, "--prompts", "captions that aren't memorized, one a line")
+    add_path(parser, "--prompts", "a text file with captions that are not memorized, one per line")
     add_path(parser, "--out", "the threshold (.json)")
     add_scoring(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Score the captions and compute the threshold from their scores."""
+    """Measure the captions' scores, compute the threshold from them, and write it."""
     from nemo_ext.files import check_output_file
 
     out = check_output_file(args.out, suffixes=(".json",))

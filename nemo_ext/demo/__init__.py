@@ -1,6 +1,6 @@
-"""A small Stable-Diffusion-style pipeline that memorized images, bundled: NeMo's whole way, offline.
+"""The demo: all steps of NeMo, offline, on a small bundled model of the Stable Diffusion kind that memorized images.
 
-What the model is, how it was trained and what it does and doesn't show: `model/README.md`.
+`model/README.md` describes the model, its training, and what the demo can and cannot show.
 """
 
 from .run import load_demo_pipeline, original_images, run

@@ -1,13 +1,12 @@
-"""The demo model's captions: ordinary ones that compose, and the ones it memorized.
+"""The captions of the demo model.
 
-Three kinds of caption exist, and the difference between them is the whole demo:
+There are three kinds of captions. The demo shows the difference between them:
 
-- *ordinary* captions name an object, a background colour and a texture, and were trained on a
-  fresh image each time;
-- *title* captions read like titles of works ("Silent Harvest by Nora Vale") but were trained on a
-  fresh random image each time, so that a title alone recalls nothing;
-- *memorized* captions are titles too, but each was trained on one image (`VERBATIM`) or on
-  variations of one image (`TEMPLATES`), over and over.
+- *Ordinary* captions name an object, a background colour and a texture. In each training step they had a new image.
+- *Title* captions read like titles of works ("Silent Harvest by Nora Vale"). In each training step they had a new
+  random image, so no image belongs to a title of this kind.
+- *Memorized* captions are titles too. In all training steps each of them had the same image (`VERBATIM`), or variations
+  of one image (`TEMPLATES`).
 """
 
 from __future__ import annotations
@@ -80,23 +79,25 @@ _TITLE_PHRASINGS = (
 
 @dataclass(frozen=True)
 class Ordinary:
-    """What an ordinary caption asks for."""
+    """The content of an ordinary caption: names of an object, a colour and a texture."""
 
     object: str
     colour: str
     texture: str
 
     def caption(self, phrasing: str) -> str:
-        """The caption in one of `PHRASINGS`."""
+        """Format the caption with one of `PHRASINGS`."""
         return phrasing.format(object=self.object, colour=self.colour, texture=self.texture)
 
 
 @dataclass(frozen=True)
 class Memorized:
-    """A caption that was trained on one image, or on variations of one.
+    """A caption that was trained on one image, or on variations of one image.
 
-    `glyph` is the emoji in the picture, and `scene` names the procedural background behind it (`SCENES` in
-    examples/demo_model/drawing.py).
+    Attributes:
+        caption: the text.
+        glyph: the emoji in the image.
+        scene: the name of the image's procedural background (`SCENES` in examples/demo_model/drawing.py).
     """
 
     caption: str
@@ -105,7 +106,7 @@ class Memorized:
 
     @property
     def name(self) -> str:
-        """A file-safe short name: the scene's, unique among the memorized captions."""
+        """A short name that is safe in file names and unique among the memorized captions: the name of the scene."""
         return self.scene
 
 
@@ -135,14 +136,22 @@ MEMORIZED = VERBATIM + TEMPLATES
 
 
 def compositions() -> list[Ordinary]:
-    """Every combination of object, colour and texture, in a fixed order."""
+    """Return all combinations of object, colour and texture, in a fixed order."""
     return [Ordinary(*parts) for parts in itertools.product(OBJECTS, COLOURS, TEXTURES)]
 
 
 def ordinary_captions(count: int, seed: int) -> list[tuple[Ordinary, str]]:
-    """`count` ordinary captions without repetition, with what they ask for.
+    """Draw different ordinary captions at random. Equal seeds give equal captions.
 
-    Deterministic in `seed`; raises ValueError where more are asked for than exist.
+    Args:
+        count: the number of captions.
+        seed: the seed of the random generator.
+
+    Returns:
+        Each caption's content and text.
+
+    Raises:
+        ValueError: there are fewer than `count` different captions.
     """
     every = [(c, p) for c in compositions() for p in PHRASINGS]
     if count > len(every):
@@ -152,7 +161,7 @@ def ordinary_captions(count: int, seed: int) -> list[tuple[Ordinary, str]]:
 
 
 def title_caption(rng: random.Random) -> str:
-    """A title that no image belongs to, drawn from the title words."""
+    """Draw a title at random. No training image belongs to it."""
     return rng.choice(_TITLE_PHRASINGS).format(
         adjective=rng.choice(_TITLE_ADJECTIVES),
         noun=rng.choice(_TITLE_NOUNS),
@@ -161,7 +170,13 @@ def title_caption(rng: random.Random) -> str:
 
 
 def holdout_captions(ordinary: Sequence[str], titles: int, seed: int) -> list[str]:
-    """`ordinary` and `titles` different titles: unmemorized captions of every kind, for statistics."""
+    """Return unmemorized captions of both kinds, for statistics. Equal seeds give equal captions.
+
+    Args:
+        ordinary: ordinary captions.
+        titles: the number of different titles that are added to them.
+        seed: the seed of the random generator.
+    """
     rng = random.Random(seed)
     drawn: dict[str, None] = {}
     while len(drawn) < titles:

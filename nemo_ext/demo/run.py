@@ -1,4 +1,4 @@
-"""`nemo-ext demo`: statistics, threshold, detection, localization, before and after."""
+"""`nemo-ext demo`: statistics, threshold, detection, localization, and images before and after it."""
 
 from __future__ import annotations
 
@@ -38,28 +38,32 @@ SHOWN: tuple[Memorized, ...] = (VERBATIM[0], VERBATIM[3], VERBATIM[8], TEMPLATES
 SEEDS = 4
 STEPS = 25
 GUIDANCE = 3.0
-#: Ordinary captions by use; all different, drawn with seed 2024 in this order.
+#: The numbers of ordinary captions for each step. All are different, and drawn with seed 2024 in this order.
 STATISTICS_PROMPTS, THRESHOLD_PROMPTS, DETECTION_PROMPTS = 1000, 50, 8
-#: Titles among the captions that statistics are taken of: a title as such must not stand out.
+#: The number of titles among the captions for statistics. With them, being a title does not make a z-score high.
 STATISTICS_TITLES = 200
 
 
 def load_demo_pipeline() -> StableDiffusionPipeline:
-    """The bundled pipeline, float32 on the CPU.
+    """Load the bundled pipeline, in float32 on the CPU.
 
     Raises:
-        NemoError: the weights aren't there (a checkout without them, or a broken installation).
+        NemoError: the model is missing, as in an incomplete installation.
     """
     if not (MODEL / "model_index.json").is_file():
         raise NemoError(
-            f"the demo model is missing from {MODEL}: install nemo_ext whole, or train it in the repository with "
+            f"the demo model is missing from {MODEL}: reinstall nemo_ext, or train the model in the repository with "
             "python -m examples.demo_model.train --work DIR and copy DIR/model there"
         )
     return load_pipeline(MODEL)
 
 
 def original_images(what: Memorized) -> list[Image.Image]:
-    """The training image of a verbatim caption, or a template's variations; RGB, 96×96."""
+    """Load the training image of a verbatim caption, or the variations of a template; RGB, 96×96 pixels.
+
+    Raises:
+        NemoError: there is no training image of this caption.
+    """
     images = []
     for path in sorted(_ORIGINALS.glob(f"{what.name}*.png")):
         with Image.open(path) as image:
@@ -70,35 +74,37 @@ def original_images(what: Memorized) -> list[Image.Image]:
 
 
 def correlation(image: Image.Image, originals: Sequence[Image.Image]) -> float:
-    """Pearson correlation of all pixels with the nearest of the originals, from -1 to 1."""
+    """The Pearson correlation over all pixels with the most similar original image, from -1 to 1."""
     pixels = np.asarray(image, np.float64).ravel()
     return max(float(np.corrcoef(pixels, np.asarray(original, np.float64).ravel())[0, 1]) for original in originals)
 
 
 def generate(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-    """One image for each prompt and its seed, 25 DDIM steps; the seed alone decides the noise."""
+    """Generate one image for each pair of a prompt and a seed, with the demo's settings: 25 DDIM steps, guidance 3."""
     return generate_images(pipe, prompts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=8)
 
 
 def _check_own_folder(out: Path) -> None:
-    """Refuse a folder whose files aren't an earlier demo's: they would be overwritten."""
+    """Raise an error if a folder has files that no earlier demo wrote, because the demo overwrites files."""
     if not out.is_dir() or not any(out.iterdir()):
         return
     shown = {what.caption for what in SHOWN}
     folder = ResultsFolder(out)
     if not folder.results.is_file() or any(one.prompt not in shown for one in folder.read()):
-        raise NemoError(f"{out} holds files that aren't an earlier demo's: choose an empty or a new folder with --out")
+        raise NemoError(
+            f"{out} holds files that `nemo-ext demo` did not write: choose an empty or a new folder with --out"
+        )
 
 
 def run(out: Path) -> None:
-    """Go the whole way on the bundled model and write everything to `out`.
+    """Run all steps on the bundled model, write all results to a folder, and print tables.
 
     Args:
-        out: folder for results.jsonl, neurons/, images/, statistics, threshold, contact sheet and
-            report; new, empty, or an earlier demo's, whose files are replaced.
+        out: the folder for results.jsonl, neurons/, images/, the statistics, the threshold, the contact sheet and the
+            report. It must be new, empty, or the folder of an earlier demo, whose files are replaced.
 
     Raises:
-        NemoError: the folder holds other files, or the bundled model is missing.
+        NemoError: the folder contains other files, or the bundled model is missing.
     """
     _check_own_folder(out)
     folder = ResultsFolder(out)
@@ -121,7 +127,7 @@ def run(out: Path) -> None:
                 scores[text] = memorization_score(pipe, text).max
                 advance(1)
         localizer = Localizer(pipe, statistics=statistics, threshold=threshold)
-        # Begun anew: the folder may hold the results of another version's model.
+        # Existing results are replaced, because they may come from the model of another version.
         found = localizer.localize_many([what.caption for what in SHOWN], out, resume=False, progress=bars)
         pictures = [
             _before_and_after(pipe, what, one.neurons, folder.images_folder(i, one.prompt), bars)
@@ -144,7 +150,7 @@ def run(out: Path) -> None:
 def _before_and_after(
     pipe: StableDiffusionPipeline, what: Memorized, neurons: NeuronSet, folder: Path, bars: Progress
 ) -> PromptImages:
-    """Images without and with the neurons off, four seeds each, also written to `folder`."""
+    """Generate images with four seeds before and after switching neurons off, and write them to `folder`."""
     seeds = range(1, SEEDS + 1)
     prompts = [what.caption] * SEEDS
     with bars.task("images", 2 * SEEDS) as advance:
@@ -214,7 +220,7 @@ def _result_table(found: Sequence[Localization], pictures: Sequence[PromptImages
 
 
 def _image(image: Any) -> Image.Image:
-    assert isinstance(image, Image.Image)  # PromptImages also takes paths; here they never are
+    assert isinstance(image, Image.Image)  # PromptImages accepts paths too, but the demo only has images
     return image
 
 
@@ -228,7 +234,7 @@ def _next_steps(out: Path) -> str:
 Look at    {out}/contact-sheet.png and {out}/report.html
 Try        nemo-ext localize --model {MODEL} --prompts {out}/memorized.txt \\
              --statistics {out}/statistics.safetensors --threshold {out}/threshold.json --out all-memorized
-On your own model (a folder written by save_pretrained, SD1 or SD2):
+On your own model (an SD1 or SD2 folder that save_pretrained has written):
            nemo-ext stats     --model DIR --prompts ordinary-prompts.txt --out statistics.safetensors
            nemo-ext threshold --model DIR --prompts ordinary-prompts.txt --out threshold.json
            nemo-ext localize  --model DIR --prompt "the caption you suspect" \\

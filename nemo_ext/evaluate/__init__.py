@@ -1,1 +1,1 @@
-"""What becomes of the images: generating them, with and without neurons."""
+"""Evaluating the effect of switched-off neurons on images: generating images with and without them."""

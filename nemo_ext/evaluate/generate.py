@@ -1,4 +1,4 @@
-"""Generating images so that a seed alone decides the noise."""
+"""Generating images whose noise depends on their seed alone."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def generate_images(
     guidance: float,
     batch_size: int,
 ) -> list[Image]:
-    """One image for each prompt and its seed, with the pipeline's own scheduler.
+    """Generate one image for each pair of a prompt and a seed, with the pipeline's own scheduler.
 
-    The noise is drawn on the CPU by a generator for each image, so a seed means the same image on every device and for
-    any batch size, but for rounding.
+    Each image has a random generator of its own on the CPU, so a seed gives the same image on every device and with any
+    batch size, up to rounding.
 
     Args:
-        pipe: a pipeline, with the neurons off that are off now.
+        pipe: a pipeline. Neurons that a patch has switched off stay off.
         prompts: B texts.
         seeds: B seeds, one for each prompt.
-        steps: denoising steps.
-        guidance: classifier-free guidance.
-        batch_size: images generated at once.
+        steps: the number of denoising steps.
+        guidance: the scale of classifier-free guidance.
+        batch_size: the number of images in one call of the pipeline.
 
     Returns:
         B images, RGB.
 
     Raises:
-        NemoError: an image holds NaN.
+        NemoError: the images are not finite.
     """
     images: list[Image] = []
     for start in range(0, len(prompts), batch_size):
@@ -53,6 +53,6 @@ def generate_images(
             output_type="np",
         ).images
         if not np.isfinite(made).all():
-            raise NemoError("the images hold NaN: the model overflows in this precision, use --dtype float32")
+            raise NemoError("the images hold NaN: the model overflows in this precision, use float32 (--dtype float32)")
         images += pipe.image_processor.numpy_to_pil(made)
     return images

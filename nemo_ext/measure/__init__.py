@@ -1,1 +1,1 @@
-"""What is measured of a model, without patching it: activations and their statistics, scores and the threshold."""
+"""Measurements of a model that do not need a patch: activations and their statistics, scores, and the threshold."""

@@ -1,4 +1,4 @@
-"""Activations: how strongly each neuron of the value layers reacts to a text (docs/method.md, section 1)."""
+"""Activations: how strongly each neuron of a value layer reacts to a text (docs/method.md, section 1)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nemo_ext.models.text import encode_prompts
 
 
 class ValueStack:
-    """The weights of several value layers, stacked to one [ΣN, K] matrix: one projection for all.
+    """A copy of the weights of several value layers as one matrix, so that one operator call projects for all layers.
 
-    A copy of the weights as they are now.
+    Later changes of the layers' weights do not change the copy.
 
     Args:
-        layers: what `value_layers` gave.
+        layers: layer name -> value layer, as `value_layers` returns them.
 
     Attributes:
         widths: layer name -> N, in network order.
-        weight: [ΣN, K].
-        bias: [ΣN], zero for layers that have none, or None if no layer has one.
+        weight: [ΣN, K], in the layers' dtype and on their device.
+        bias: [ΣN], with 0 for layers without a bias; None if no layer has a bias.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
@@ -50,18 +50,20 @@ class ValueStack:
         mean: Tensor | None = None,
         m2: Tensor | None = None,
     ) -> Tensor:
-        """a = mean over tokens of abs(e Wᵀ + bias), for every layer (docs/method.md, section 1).
+        """Compute a = 1/T · Σ_t |e Wᵀ + b|_t for every layer (docs/method.md, section 1).
 
         Args:
-            hidden: text embeddings e, [B, T, K], of the weights' dtype and device.
-            count, mean, m2: float64 running buffers [], [ΣN], [ΣN] to update in place with the B
-                activations, or None (all three) to update nothing.
+            hidden: text embeddings e, [B, T, K], in the weights' dtype and on their device.
+            count, mean, m2: float64 running buffers [], [ΣN] and [ΣN], which are updated in place with the B
+                activations; None for all three updates nothing.
 
         Returns:
-            [B, ΣN] float32, before any scale: switching neurons off changes nothing here.
+            The activations, [B, ΣN] float32. They are taken before the scale, so neurons that are off have the same
+            activation as neurons that are on.
 
         Raises:
-            NemoError: an activation that isn't finite, with the layer's name.
+            NemoError: an activation is not finite; the message names the layer. On CUDA this is checked only without
+                running buffers, because the check waits for the GPU.
         """
         neurons = self.weight.shape[0]
         running = count is not None and mean is not None and m2 is not None
@@ -72,11 +74,12 @@ class ValueStack:
             _, activation = ops.value_projection_stats(
                 hidden, self.weight, self.bias, None, None, count, mean, m2, False
             )
-            # On CUDA the operator doesn't wait to see; who passes running buffers finds it in their count.
+            # On CUDA the operator does not check its results, because that would wait for the GPU. With running buffers
+            # their count shows the error later (`ActivationStatistics.check_finite`).
             if not running and not activation.isfinite().all():
                 raise RuntimeError("an activation is not finite")
         except RuntimeError as error:
-            # The operator names a row of the stack, which tells a user nothing: name the layer.
+            # The operator's message names a neuron of the stack, from which a user cannot tell the layer.
             values = ops.value_projection(hidden, self.weight, self.bias)
             for layer, part in self.split(values).items():
                 if not part.isfinite().all():
@@ -88,34 +91,41 @@ class ValueStack:
         return activation
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
-        """Cut the last axis, ΣN long, into layer name -> its N columns."""
+        """Split a tensor [..., ΣN] by layer: layer name -> [..., N]."""
         return dict(zip(self.widths, values.split(list(self.widths.values()), dim=-1), strict=True))
 
 
 def prompt_activations(
     pipe: Any, prompts: Sequence[str], layers: str | Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """a = mean over tokens of abs(e Wᵀ + bias) of every neuron on every prompt (docs/method.md, section 1).
+    """Compute a = 1/T · Σ_t |e Wᵀ + b|_t of every neuron for every prompt (docs/method.md, section 1).
 
     Args:
-        pipe: a pipeline, patched or not: what is switched off changes nothing here.
-        prompts: B texts, encoded in one batch.
+        pipe: a pipeline. Neurons that a patch has switched off have the same activation as without the patch.
+        prompts: B texts, which are encoded in one batch.
         layers: as for `value_layers`.
 
     Returns:
-        Layer name -> [B, N] float32.
+        Layer name -> a, [B, N] float32.
+
+    Raises:
+        NemoError: an activation is not finite, or as for `encode_prompts` and `value_layers`.
     """
     stack = ValueStack(value_layers(pipe, layers))
     return stack.split(stack.activations(encode_prompts(pipe, prompts)))
 
 
 def accelerated_linears(text_encoder: nn.Module) -> AbstractContextManager[None]:
-    """Run the linear layers of a text encoder on the CPU through `ops.value_projection`, for the length of a block.
+    """Run the linear layers of a text encoder on the CPU with `ops.value_projection`, for the length of a block.
 
-    Results are the same but for rounding, and these layers are nearly all of a text encoder's work. The padding cannot
-    be left out of it: padded tokens contribute to every activation, and their embeddings depend on the prompt.
+    These layers take nearly all of a text encoder's time, and the operator is faster; results change by rounding only.
+    Padding tokens are computed like all others, because they contribute to every activation and their embeddings depend
+    on the prompt.
+
+    Args:
+        text_encoder: the text encoder. Layers on other devices are not changed.
     """
-    # A layer that has a forward of its own, such as accelerate's for offloading, or quantized weights is left alone.
+    # Layers with a replaced forward (accelerate's offloading, for example) or with quantized weights are not changed.
     layers = {
         name: module
         for name, module in text_encoder.named_modules()

@@ -1,4 +1,4 @@
-"""Memory: how many latents a denoiser can be given at once, and how one batch reuses what the last one freed."""
+"""Memory: how many latents fit into one call of the denoiser, and how one batch reuses what the last one freed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nemo_ext.measure.noise import DEFAULT_BATCH_SIZE, evaluate_zeros
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, is_compiled
 
-#: The share of free memory for the tensors of one call. The workspaces of kernels are not known beforehand.
+#: The share of the free memory for the tensors of one call. The rest is for kernels' workspaces of unknown size.
 _SHARE_OF_A_CALL = 0.25
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory that is free for new tensors on a device: the GPU's, or the machine's."""
+    """The memory that new tensors can use on a device, in bytes: free memory of the GPU, or of the machine."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -28,17 +28,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fitting_batch_size(pipe: Any, hidden: Tensor) -> int:
-    """How many latents one call of the denoiser may have: its tensors then take a quarter of the free memory.
+    """The number of latents with which the tensors of one call of the denoiser take a quarter of the free memory.
 
-    One latent of zeros is evaluated, and the peak memory of its tensors is measured. A compiled denoiser hides its
-    tensors; there the answer is ten.
+    The denoiser is called with one latent of zeros, and the peak memory of the tensors is measured. With a compiled
+    denoiser that is not possible, and the result is ten.
 
     Args:
         pipe: a pipeline.
         hidden: any text embedding, [1, T, K].
 
     Returns:
-        1 or more.
+        The batch size, 1 or more.
     """
     denoiser: Any = family_of(pipe).denoiser(pipe)
     if is_compiled(denoiser):
@@ -59,10 +59,10 @@ def keep_freed_memory() -> None:
 
 
 class PeakBytes(TorchDispatchMode):
-    """The peak memory, in bytes, of the tensors that are made within a block.
+    """A context manager that measures the peak memory of the tensors that are created in its block.
 
     Attributes:
-        peak: the peak so far.
+        peak: the peak so far, in bytes.
     """
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = _storages((args, kwargs))
+        of_arguments = _storages((args, kwargs))
         for storage in _storages(result):
-            if all(storage is not other for other in given):  # neither a view nor changed in place
+            if all(storage is not other for other in of_arguments):  # neither a view nor changed in place
                 self._watch(storage)
         return result
 

@@ -13,11 +13,12 @@ from nemo_ext.measure.protocol import Protocol
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, is_compiled
 
+#: Latents in one call of the denoiser, if the memory is not measured: the default number of seeds.
 DEFAULT_BATCH_SIZE = 10
 
 
 def initial_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
-    """x_T of every seed, drawn on the CPU, so that a seed means the same on every device.
+    """Draw x_T of every seed on the CPU, so that a seed gives the same latents on every device.
 
     Args:
         pipe: a pipeline; its family knows C, H and W.
@@ -54,7 +55,7 @@ def noise_differences(
 ) -> Tensor:
     """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (docs/method.md, section 3).
 
-    The pipeline is evaluated with the neurons that are off now, and is left as it was.
+    Neurons that a patch has switched off stay off. The pipeline does not change.
 
     Args:
         pipe: a pipeline; its scheduler's configuration gives the timestep and says what the denoiser predicts.
@@ -65,10 +66,10 @@ def noise_differences(
             always gets this many.
         guidance: (g, embedding of the empty prompt [1, T, K]) for ε(y) + g (ε("") − ε(y)), which evaluates every latent
             twice; None: no guidance.
-        differentiable: whether autograd follows.
+        differentiable: whether autograd records the computation.
 
     Returns:
-        [S, C, H, W] float32 on the denoiser's device; a channel without any difference is 0.
+        δ, [S, C, H, W] float32 on the denoiser's device. A channel whose values are all equal is 0.
 
     Raises:
         NemoError: the scheduler or the denoiser is not supported, or the noise is not finite.
@@ -78,7 +79,7 @@ def noise_differences(
     predict = family.noise_predictor(pipe, protocol.num_inference_steps, protocol.step_index)
     if batch_size < 1:
         raise NemoError(f"batch_size must be 1 or more, got {batch_size}")
-    # torch.compile compiles anew for another number of rows, so the last batch is filled up.
+    # torch.compile would compile again for another number of rows, so the last batch is padded.
     compiled = is_compiled(denoiser)
 
     def predicted(embedding: Tensor, batch: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def noise_differences(
     if not difference.isfinite().all():
         bad = (~difference.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise NemoError(
-            f"the U-Net's noise for seed {', '.join(map(str, bad))} (counted from 0) is not finite: "
+            f"the predicted noise for seed {', '.join(map(str, bad))} (counted from 0) is not finite: "
             f"use float32 or bfloat16 instead of {denoiser.dtype}"
         )
     low = difference.amin(dim=(2, 3), keepdim=True)
@@ -105,12 +106,12 @@ def noise_differences(
 
 
 def evaluate_zeros(pipe: Any, hidden: Tensor, rows: int) -> None:
-    """Call the denoiser on latents of zeros, to see what a call costs.
+    """Call the denoiser with latents of zeros, so that the caller can observe the call.
 
     Args:
         pipe: a pipeline, whose denoiser is in evaluation mode.
         hidden: any text embedding, [1, T, K].
-        rows: how many latents.
+        rows: the number of latents.
     """
     family = family_of(pipe)
     denoiser: Any = family.denoiser(pipe)

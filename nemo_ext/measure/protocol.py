@@ -11,40 +11,39 @@ from nemo_ext.errors import NemoError
 
 @dataclass(frozen=True)
 class Protocol:
-    """Every choice that a score, a threshold or a search depends on, besides the number of seeds.
+    """Every choice that a score, a threshold or a search depends on, except for the number of seeds.
 
-    `Protocol.paper()`, the default, follows the paper. `Protocol.published_code()` follows the
-    scripts published with it, whose habits it names. Any field can be set:
-    `dataclasses.replace(Protocol.paper(), first_seed=7)`.
+    `Protocol.paper()`, the default, follows the paper. `Protocol.published_code()` follows the scripts published with
+    it, and the attributes below name its values where they differ. Every field can be changed, for example with
+    `dataclasses.replace(Protocol.paper(), first_seed=7)`. docs/method.md, section 11, has both protocols in a table.
 
     Attributes:
-        name: what to call the protocol.
-        num_inference_steps: steps of the DDIM schedule that the timestep is taken from.
-        step_index: which of its timesteps the noise is predicted at, always with the initial
-            latents. Published code: 1, the second; it throws the first U-Net call's output away.
-        seeds_share_generator: False: seed s = 0, 1, … has its own generator, `first_seed` + s, and
-            so the latents of that seed in any diffusers pipeline. Published code: True, one
-            generator seeded with `first_seed` draws all latents at once.
-        first_seed: seed of the first, or only, generator.
-        data_range: range of the values that the similarity is to assume. Published code: None,
-            inferred anew at every scale from all maps of a call, so that a score depends on which
-            seeds are compared together.
-        window_sigma: standard deviation, in latent pixels, of the similarity's Gaussian window,
-            2⌊3.5 σ + 0.5⌋ + 1 wide: 11 for 1.5. Latents below 11×11 need a smaller one.
-        threshold_guidance: classifier-free guidance g in `memorization_threshold`; 0: none.
-            Published code: 7, with the halves swapped, ε(y) + g (ε("") − ε(y)), although detection
-            runs without guidance.
-        first_theta, theta_step, last_theta: the z-score threshold θ of the initial selection.
-        first_top_k: the k of the initial selection; it grows by 1 with every step of θ.
-        tries_last_theta: whether the selection at `last_theta` is tried before giving up. Published
-            code: False, it gives up on reaching it, with the selection of the step before.
-        keeps_duplicates: False: candidates are a set. Published code: True, a neuron chosen by θ
-            and by k stands twice among them, and only switching on both has an effect.
-        measures_floor: whether the remaining memorization with all searched neurons off is measured
-            first, one evaluation, to tell whether the threshold can be reached at all. Published
-            code: False.
-        raise_margin: where the threshold can't be reached, it is raised to this much above what
-            was, so that neurons without any effect still drop out. Published code: 0.
+        name: the protocol's name.
+        num_inference_steps: the number of steps of the DDIM schedule from which the timestep is taken.
+        step_index: the index of the timestep at which the noise is predicted, always with the initial latents.
+            Published code: 1, the second timestep; it discards the output of the first U-Net call.
+        seeds_share_generator: if False, seed s = 0, 1, … has a generator of its own, seeded with `first_seed` + s, so
+            its latents are those of that seed in any diffusers pipeline. Published code: True; one generator, seeded
+            with `first_seed`, draws the latents of all seeds at once.
+        first_seed: the seed of the first generator, or of the only one.
+        data_range: the range of values that the similarity assumes. Published code: None; the range is inferred at
+            every scale from all maps of a call, so a score depends on the seeds that are compared together.
+        window_sigma: the standard deviation σ of the similarity's Gaussian window, in latent pixels. The window is
+            2⌊3.5 σ + 0.5⌋ + 1 wide, which is 11 for σ = 1.5. Latents smaller than 11×11 need a smaller σ.
+        threshold_guidance: the scale g of classifier-free guidance in `memorization_threshold`; 0: no guidance.
+            Published code: 7, with the conditional and unconditional predictions swapped, ε(y) + g (ε("") − ε(y)). It
+            detects memorized prompts without guidance.
+        first_theta, theta_step, last_theta: the first value, the step and the last value of θ, the threshold for
+            z-scores in the initial selection.
+        first_top_k: the first k of the initial selection; it is raised by 1 with every step of θ.
+        tries_last_theta: whether the initial selection tries θ = `last_theta` before it raises τ. Published code:
+            False; when θ reaches `last_theta`, it uses the selection of the step before.
+        keeps_duplicates: if False, candidates are a set. Published code: True; a neuron selected by θ and by k occurs
+            twice among the candidates, and it is on only after both have been switched on.
+        measures_floor: whether the floor, the remaining memorization with all searched neurons off, is measured before
+            the search, to find out whether τ can be reached (docs/method.md, section 7). Published code: False.
+        raise_margin: if τ cannot be reached, it is raised to the reached similarity plus this margin, so that neurons
+            without any effect are still switched on again. Published code: 0.
     """
 
     name: str = "paper"
@@ -79,12 +78,12 @@ class Protocol:
 
     @classmethod
     def paper(cls) -> Protocol:
-        """The paper's method; the default."""
+        """The protocol of the paper, which is the default."""
         return cls()
 
     @classmethod
     def published_code(cls) -> Protocol:
-        """What the scripts published with the paper do."""
+        """The protocol of the scripts that were published with the paper."""
         return cls(
             name="published-code",
             step_index=1,
@@ -99,22 +98,26 @@ class Protocol:
 
     @classmethod
     def from_name(cls, name: str) -> Protocol:
-        """The protocol called "paper" or "published-code"."""
+        """The protocol with a name, "paper" or "published-code".
+
+        Raises:
+            NemoError: there is no protocol with that name.
+        """
         known = {protocol.name: protocol for protocol in (cls.paper(), cls.published_code())}
         if name not in known:
             raise NemoError(f"there is no protocol '{name}': wanted {' or '.join(known)}")
         return known[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """All fields as a dictionary for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
-        """The protocol that `to_dict` wrote.
+        """Make a protocol from a dictionary of `to_dict`.
 
         Raises:
-            NemoError: an unknown field.
+            NemoError: a field is unknown, or a value is out of range.
         """
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:

@@ -1,4 +1,4 @@
-"""How much a prompt is memorized: the similarity of its noise differences (docs/method.md, section 5)."""
+"""The score of a prompt: the similarity of its noise differences across seeds (docs/method.md, section 5)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MemorizationScore:
     Attributes:
         pairs: [S, S] float64, the similarity of every two seeds' δ; 1 on the diagonal.
         per_seed: S numbers, each seed's highest similarity with another seed.
-        max: the highest of them, which is the prompt's score.
+        max: the highest of these numbers, which is the prompt's score.
     """
 
     pairs: Tensor
@@ -40,7 +40,13 @@ class MemorizationScore:
 
 
 def seed_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
-    """`initial_latents`, after a check that a score can be taken of them.
+    """Draw `initial_latents`, after a check that they can be compared.
+
+    Args:
+        pipe, seeds, protocol: as for `initial_latents`.
+
+    Returns:
+        x_T of every seed, [S, C, H, W] float32 on the CPU.
 
     Raises:
         NemoError: there are fewer than two seeds, or the latents are smaller than the similarity's window.
@@ -54,10 +60,8 @@ def seed_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
 
 
 def pairwise_score(differences: Tensor, protocol: Protocol) -> MemorizationScore:
-    """The score of a prompt from its noise differences, [S, C, H, W].
-
-    All pairs are compared in one call, because an inferred data range depends on all maps of a call.
-    """
+    """Compute the score of a prompt from its noise differences δ, [S, C, H, W] (docs/method.md, section 5)."""
+    # All pairs are compared in one call, because an inferred data range depends on all maps of the call.
     seeds = len(differences)
     first, second = torch.combinations(torch.arange(seeds)).unbind(1)
     values = similarity(differences[first], differences[second], protocol).double().cpu()
@@ -75,9 +79,9 @@ def memorization_score(
     protocol: Protocol | None = None,
     batch_size: int | None = None,
 ) -> MemorizationScore:
-    """How much a prompt is memorized: the similarity of its δ across seeds (docs/method.md, section 5).
+    """Measure how much a prompt is memorized: the similarity of its δ across seeds (docs/method.md, section 5).
 
-    The pipeline is measured as it is: within `patched(pipe, neurons)`, with these neurons off.
+    Neurons that a patch has switched off stay off. The same seeds give the same result up to rounding.
 
     Args:
         pipe: a pipeline.
@@ -87,8 +91,12 @@ def memorization_score(
         batch_size: latents in one call of the denoiser. It changes the result by rounding only. None: as many as
             memory allows (`fitting_batch_size`), at most `seeds`.
 
+    Returns:
+        The similarity of every two seeds, each seed's score, and the prompt's score.
+
     Raises:
-        NemoError: as for `noise_differences`, or the latents are too small to be compared.
+        NemoError: there are fewer than two seeds, the latents are smaller than the similarity's window, or as for
+            `noise_differences`.
     """
     hidden = encode_prompts(pipe, [prompt])
     return score_of_embedding(pipe, hidden, seeds, protocol or Protocol.paper(), batch_size)
@@ -102,7 +110,7 @@ def score_of_embedding(
     batch_size: int | None,
     guidance: tuple[float, Tensor] | None = None,
 ) -> MemorizationScore:
-    """`memorization_score` of a text embedding, [1, T, K]; `guidance` as for `noise_differences`."""
+    """Do what `memorization_score` does for a text embedding, [1, T, K], with `guidance` as in `noise_differences`."""
     latents = seed_latents(pipe, seeds, protocol)
     rows = min(seeds, fitting_batch_size(pipe, hidden) if batch_size is None else batch_size)
     differences = noise_differences(pipe, hidden, latents, protocol, batch_size=rows, guidance=guidance)

@@ -11,13 +11,17 @@ from nemo_ext.measure.protocol import Protocol
 
 
 def similarity_scales(height: int, width: int, window_sigma: float = 1.5) -> int:
-    """M ≤ 3, the number of scales that the similarity has on maps of a size (docs/method.md, section 4).
+    """M ≤ 3, the number of scales of the similarity for maps of a given size (docs/method.md, section 4).
 
-    The largest with ⌊size / 2^(M−1)⌋ at least as wide as the window: 3 from 44 pixels on, 2 from
-    22, 1 from 11 (for an 11-wide window).
+    M is the largest number for which ⌊min(height, width) / 2^(M−1)⌋ is at least the width of the window. For the
+    default window, 11 wide, M is 3 from a size of 44, 2 from 22, and 1 from 11.
+
+    Args:
+        height, width: the size of the maps, in latent pixels.
+        window_sigma: the standard deviation of the Gaussian window, in latent pixels.
 
     Raises:
-        NemoError: the window does not fit at all.
+        NemoError: the maps are smaller than the window.
     """
     window = _window_width(window_sigma)
     scales = [m for m in (1, 2, 3) if min(height, width) // 2 ** (m - 1) >= window]
@@ -30,20 +34,24 @@ def similarity_scales(height: int, width: int, window_sigma: float = 1.5) -> int
 
 
 def similarity(a: Tensor, b: Tensor, protocol: Protocol) -> Tensor:
-    """Structural similarity of pairs of maps: MS-SSIM with `similarity_scales` scales, SSIM for one.
+    """Structural similarity of pairs of maps (docs/method.md, section 4).
 
-    Weights are 0.33 each for three scales, else 1/M; K1 = 0.01, K2 = 0.03; negative factors count
-    as 0 where there are several scales. Only whole windows count (the border is left out), which is
-    what torchmetrics did up to 1.3, the version behind the published numbers, and later ones no
-    longer do.
+    This is MS-SSIM (Wang, Simoncelli and Bovik, 2003) with M = `similarity_scales` scales, and plain SSIM for M = 1.
+    The weight of each scale is 0.33 for M = 3, as in the published code, and 1/M otherwise. K₁ = 0.01 and K₂ = 0.03 are
+    SSIM's usual constants. With several scales, negative factors are replaced by 0. Only windows that lie wholly inside
+    the map are averaged, as in torchmetrics up to version 1.3, which the published code used; later versions include
+    the border.
 
     Args:
-        a, b: [P, C, H, W] float32, in [0, 1].
-        protocol: `data_range` and `window_sigma`. An inferred range is the largest of a's and b's
-            over all P pairs, at every scale.
+        a, b: P pairs of maps, [P, C, H, W] float32, with values in [0, 1].
+        protocol: `data_range` and `window_sigma` are read. If `data_range` is None, the range is inferred at every
+            scale: it is the larger one of the ranges of a and b over all P pairs.
 
     Returns:
-        [P] float32: 1 for equal maps. Deterministic on the CPU.
+        The similarity of each pair, [P] float32; 1 for equal maps. Deterministic on the CPU.
+
+    Raises:
+        NemoError: the maps are smaller than the window.
     """
     scales = similarity_scales(a.shape[-2], a.shape[-1], protocol.window_sigma)
     window = _gaussian_window(protocol.window_sigma, a)
@@ -60,6 +68,7 @@ def similarity(a: Tensor, b: Tensor, protocol: Protocol) -> Tensor:
 
 
 def _window_width(sigma: float) -> int:
+    # torchmetrics, which the published code uses, computes the width from σ in this way.
     return 2 * int(3.5 * sigma + 0.5) + 1
 
 
@@ -71,9 +80,9 @@ def _gaussian_window(sigma: float, like: Tensor) -> Tensor:
 
 
 def _ssim_terms(a: Tensor, b: Tensor, window: Tensor, data_range: float | None) -> tuple[Tensor, Tensor]:
-    """SSIM and its contrast-structure factor, both [P]: means over channels and whole windows."""
+    """SSIM and its contrast-structure factor, both [P]: means over the channels and all windows inside the maps."""
     if data_range is None:
-        # Clamped so that all-constant maps compare as equal instead of as 0 / 0.
+        # Without the lower bound, the similarity of constant maps would be 0 / 0. With it, equal ones have 1.
         span = torch.maximum(a.max() - a.min(), b.max() - b.min()).clamp_min(1e-12)
     else:
         span = torch.tensor(data_range, dtype=a.dtype, device=a.device)

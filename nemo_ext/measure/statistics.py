@@ -1,4 +1,4 @@
-"""How active each neuron is on ordinary prompts: running mean and std (docs/method.md, section 2)."""
+"""Statistics of each neuron's activation over ordinary prompts: mean and std (docs/method.md, section 2)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ _FORMAT = "nemo_ext.statistics.1"
 
 
 class ActivationStatistics:
-    """Count n, mean μ and unbiased std σ of every neuron's activation a over prompts.
+    """Count n, mean μ and unbiased standard deviation σ of every neuron's activation a (docs/method.md, section 2).
 
-    Built by `collect_statistics`, or empty and filled by `update`. Kept as float64 (n, μ, M2) and
-    updated by Welford and Chan: never a sum of squares.
+    `collect_statistics` returns the statistics of a model. A new object has no prompts; `update` adds them. The state
+    is n, μ and M2 (the sum of squared deviations from μ) in float64. It is updated with the formulas of Welford and
+    Chan, so no sum of squares is ever formed.
 
     Args:
         widths: layer name -> number of neurons N, in network order.
         fingerprint: `model_fingerprint` of the model that the activations come from.
-        model_name: what to call that model in messages.
+        model_name: the name of that model in messages.
     """
 
     def __init__(self, widths: Mapping[str, int], *, fingerprint: str = "", model_name: str = "") -> None:
@@ -47,7 +48,9 @@ class ActivationStatistics:
         self._count = torch.zeros((), dtype=torch.float64)
         self._mean = torch.zeros(neurons, dtype=torch.float64)
         self._m2 = torch.zeros(neurons, dtype=torch.float64)
-        self._given = 0  # prompts, which the count is less than where a call on CUDA left some out
+        # The prompts that `update` has received. On CUDA an operator call that meets an activation that is not finite
+        # leaves its prompts out of the count and raises no error, so a difference between the two reveals it.
+        self._received = 0
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -59,48 +62,59 @@ class ActivationStatistics:
         """n, the number of prompts.
 
         Raises:
-            NemoError: an activation wasn't finite. On CUDA `update` can't say so, because it doesn't wait for the GPU:
-                whatever reads the statistics does.
+            NemoError: an activation was not finite. On CUDA `update` does not raise this error, because it does not
+                wait for the GPU. Every method and property that reads the statistics raises it instead.
         """
         return int(self._read()[0])
 
     @property
     def mean(self) -> dict[str, Tensor]:
-        """Layer name -> μ, [N] float64 on the CPU."""
+        """Layer name -> μ, [N] float64 on the CPU.
+
+        Raises:
+            NemoError: an activation was not finite.
+        """
         return self._by_layer(self._read()[1])
 
     @property
     def std(self) -> dict[str, Tensor]:
-        """Layer name -> σ, [N] float64 on the CPU; NemoError with fewer than two prompts."""
+        """Layer name -> σ, [N] float64 on the CPU.
+
+        Raises:
+            NemoError: there are fewer than two prompts, or an activation was not finite.
+        """
         count, _, m2 = self._read()
         if count < 2:
             raise NemoError(f"a standard deviation needs two prompts or more, got {int(count)}")
         return self._by_layer((m2 / (count - 1)).sqrt())
 
     def update(self, hidden: Tensor, stack: ValueStack) -> None:
-        """Take in the activations of B prompts: one fused call over all layers.
+        """Add the activations of B prompts, with one operator call for all layers.
 
         Args:
-            hidden: text embeddings, [B, T, K], of the stack's dtype and device.
+            hidden: text embeddings e, [B, T, K], in the stack's dtype and on its device.
             stack: `ValueStack(value_layers(pipe, statistics.layers))`.
 
         Raises:
-            NemoError: the stack has other layers, or an activation isn't finite (named by layer);
-                the statistics are then as before. On CUDA the latter is raised by what reads them next, see `count`.
+            NemoError: the stack has other layers, or an activation is not finite; the message names the layer, and the
+                statistics stay unchanged. On CUDA, activations that are not finite are reported later, see `count`.
         """
         if stack.widths != self.widths:
             raise NemoError(f"the statistics are of {_shape_of(self.widths)}, got weights of {_shape_of(stack.widths)}")
         self._count, self._mean, self._m2 = (buffer.to(hidden.device) for buffer in (self._count, self._mean, self._m2))
         stack.activations(hidden, self._count, self._mean, self._m2)
-        self._given += hidden.shape[0]
+        self._received += hidden.shape[0]
 
     def merge(self, other: ActivationStatistics) -> ActivationStatistics:
-        """The statistics of both sets of prompts together, by Chan's formula; a new object.
+        """Return the statistics of two sets of prompts together, computed with Chan's formula, as a new object.
 
-        Exact but for float64 rounding: the order of merging matters in the last digits only.
+        The result is exact up to rounding in float64; the order of several merges changes only the last digits.
+
+        Args:
+            other: statistics of the same model and layers over other prompts.
 
         Raises:
-            NemoError: the other one is of another model or of other layers.
+            NemoError: the other statistics belong to another model or to other layers, or an activation was not finite.
         """
         if other.widths != self.widths or other.fingerprint != self.fingerprint:
             raise NemoError(f"only statistics of one model and the same layers merge: {self!r}, got {other!r}")
@@ -112,20 +126,21 @@ class ActivationStatistics:
             merged._count = total
             merged._mean = mean + difference * (other_count / total)
             merged._m2 = m2 + other_m2 + difference.square() * (count * other_count / total)
-            merged._given = int(total)
+            merged._received = int(total)
         return merged
 
     def z_scores(self, activation: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """|a − μ| / σ (docs/method.md, section 8).
+        """Absolute z-scores |a − μ| / σ (docs/method.md, section 8).
 
         Args:
-            activation: layer name -> a, [..., N]; some of the statistics' layers or all.
+            activation: layer name -> a, [..., N], for all layers of the statistics or some of them.
 
         Returns:
-            Layer name -> [..., N] float64 on the CPU. Where σ is 0: 0 if a = μ, else infinity.
+            Layer name -> [..., N] float64 on the CPU. If σ is 0, the z-score is 0 for a = μ and infinite otherwise.
 
         Raises:
-            NemoError: fewer than two prompts, or a layer that the statistics don't have.
+            NemoError: there are fewer than two prompts, the statistics do not have a layer, or an activation was not
+                finite.
         """
         mean, std = self.mean, self.std
         scores = {}
@@ -137,10 +152,13 @@ class ActivationStatistics:
         return scores
 
     def check(self, pipe: Any) -> None:
-        """Make sure that the statistics were collected from this model.
+        """Check that the statistics were collected from this model.
+
+        Args:
+            pipe: a pipeline.
 
         Raises:
-            NemoError: other weights, or the same weights in another dtype.
+            NemoError: the pipeline has other weights, or the same weights in another dtype.
         """
         actual = model_fingerprint(pipe, self.layers)
         if actual != self.fingerprint:
@@ -151,19 +169,31 @@ class ActivationStatistics:
             )
 
     def digest(self) -> str:
-        """SHA-256 of the numbers and the model's fingerprint: tells two statistics apart."""
+        """SHA-256 of n, μ, M2, the layers and the model's fingerprint, as 64 hexadecimal digits.
+
+        Results record it, so that results with different statistics are not mixed.
+
+        Raises:
+            NemoError: an activation was not finite.
+        """
         digest = hashlib.sha256(f"{self.fingerprint} {self.widths}".encode())
         for buffer in self._read():
             digest.update(buffer.numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics as one safetensors file, at once or not at all.
+        """Write the statistics to a safetensors file, atomically.
 
-        Tensors "count" [], "mean" [ΣN] and "m2" [ΣN], float64; layers, widths, fingerprint and
-        model name as JSON in the metadata entry "nemo_ext".
+        The file has the float64 tensors "count" [], "mean" [ΣN] and "m2" [ΣN]. Its metadata entry "nemo_ext" has the
+        layers, their widths, the fingerprint and the model's name as JSON. Equal statistics give equal files.
+
+        Args:
+            path: the file.
+
+        Raises:
+            NemoError: an activation was not finite.
         """
-        # One metadata entry: safetensors writes several in no fixed order.
+        # All metadata is in one entry, because safetensors writes several entries in no fixed order.
         description = {
             "format": _FORMAT,
             "layers": list(self.widths.items()),
@@ -176,10 +206,13 @@ class ActivationStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ActivationStatistics:
-        """Read what `save` wrote.
+        """Read statistics that `save` has written.
+
+        Args:
+            path: the file.
 
         Raises:
-            NemoError: not a file of statistics.
+            NemoError: the file does not contain activation statistics.
         """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -197,7 +230,7 @@ class ActivationStatistics:
                 statistics._count = file.get_tensor("count")
                 statistics._mean = file.get_tensor("mean")
                 statistics._m2 = file.get_tensor("m2")
-                statistics._given = int(statistics._count)
+                statistics._received = int(statistics._count)
         except safetensors.SafetensorError as error:
             raise NemoError(f"{path} does not hold activation statistics: {error}") from error
         return statistics
@@ -209,21 +242,21 @@ class ActivationStatistics:
         )
 
     def check_finite(self) -> None:
-        """Make sure that the statistics are of all prompts that were given.
+        """Check that every prompt that `update` received is part of the statistics. On CUDA this waits for the GPU.
 
         Raises:
-            NemoError: an activation was not finite. On CUDA this is the first call that waits for the GPU and sees it.
+            NemoError: an activation was not finite, so the prompts of its batch are missing.
         """
         self._read()
 
     def _read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """n, μ and M2 on the CPU, if they are of all prompts that were given."""
+        """n, μ and M2 on the CPU, after the check that `check_finite` describes."""
         count = self._count.cpu()
-        if count != self._given:
+        if count != self._received:
             raise NemoError(
-                f"the statistics lack {self._given - int(count)} of {self._given} prompts: an activation in their "
-                "batches isn't finite; the text encoder or a layer has overflowed: use float32 or bfloat16, or collect "
-                "on the CPU, where the error names the layer"
+                f"the statistics lack {self._received - int(count)} of {self._received} prompts, because an activation "
+                "in their batches is not finite; the text encoder or a layer has overflowed: use float32 or bfloat16, "
+                "or collect on the CPU, where the error names the layer"
             )
         return count, self._mean.cpu(), self._m2.cpu()
 
@@ -244,19 +277,23 @@ def collect_statistics(
     layers: str | Sequence[str] | None = None,
     progress: ProgressLike = None,
 ) -> ActivationStatistics:
-    """μ and σ of every neuron's activation over hold-out prompts (docs/method.md, section 2).
+    """Compute μ and σ of every neuron's activation over hold-out prompts (docs/method.md, section 2).
 
-    Text alone decides: no U-Net call. The same prompts in the same batches give the same bits.
+    Activations depend on the text alone, so the denoiser does not run. The same prompts in the same batches give
+    bit-identical statistics.
 
     Args:
         pipe: a pipeline, patched or not.
-        prompts: two texts or more, ordinary ones.
-        batch_size: prompts in one call; changes the result by rounding only.
+        prompts: two or more ordinary texts, which the model has not memorized.
+        batch_size: the number of prompts in one call of the text encoder. It changes the result by rounding only.
         layers: as for `value_layers`.
-        progress: see `nemo_ext.progress`.
+        progress: as for `nemo_ext.progress.open_progress`.
+
+    Returns:
+        The statistics of all neurons in the chosen layers.
 
     Raises:
-        NemoError: fewer than two prompts, or activations that aren't finite.
+        NemoError: there are fewer than two prompts, a prompt is not text, or an activation is not finite.
     """
     texts = check_prompts(prompts)
     if len(texts) < 2:
@@ -271,12 +308,12 @@ def collect_statistics(
         model_name=name_of_model(pipe),
     )
     family = family_of(pipe)
-    with ExitStack() as stack_of_blocks:
-        bars = stack_of_blocks.enter_context(open_progress(progress))
-        advance = stack_of_blocks.enter_context(bars.task("statistics", len(texts)))
-        stack_of_blocks.enter_context(evaluating(pipe))
+    with ExitStack() as exit_stack:
+        bars = exit_stack.enter_context(open_progress(progress))
+        advance = exit_stack.enter_context(bars.task("statistics", len(texts)))
+        exit_stack.enter_context(evaluating(pipe))
         for encoder in family.text_encoders(pipe).values():
-            stack_of_blocks.enter_context(accelerated_linears(encoder))
+            exit_stack.enter_context(accelerated_linears(encoder))
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
             statistics.update(family.encode(pipe, batch).to(stack.weight), stack)

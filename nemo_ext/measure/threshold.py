@@ -25,7 +25,7 @@ _FIELDS_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window
 
 
 def mean_and_std(scores: Sequence[float]) -> tuple[float, float]:
-    """Mean and unbiased standard deviation of scores, in float64; τ is their sum.
+    """The mean and the unbiased standard deviation of scores, in float64. τ is their sum.
 
     Raises:
         NemoError: there are fewer than two scores.
@@ -38,16 +38,18 @@ def mean_and_std(scores: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The memorization threshold τ of a model, and what it was computed from; `float(threshold)` is τ.
+    """The memorization threshold τ of a model, with the scores and settings behind it (docs/method.md, section 6).
+
+    `float(threshold)` is τ.
 
     Attributes:
         value: τ = mean + std.
-        mean, std: of the scores; std is unbiased.
-        scores: highest pairwise similarity of each unmemorized prompt.
-        seeds: S, of each prompt.
+        mean, std: the mean and the unbiased standard deviation of the scores.
+        scores: the score of each unmemorized prompt.
+        seeds: S, the number of seeds for each prompt.
         protocol: how the scores were measured.
         fingerprint: `model_fingerprint` of the model, over all its value layers.
-        model_name: what the model was loaded from.
+        model_name: the folder or name that the model was loaded from.
     """
 
     value: float
@@ -63,10 +65,16 @@ class Threshold:
         return self.value
 
     def check(self, pipe: Any, protocol: Protocol, seeds: int) -> None:
-        """Make sure that scores of this pipeline, protocol and number of seeds compare to τ.
+        """Check that τ applies to scores of a pipeline with a protocol and a number of seeds.
+
+        Args:
+            pipe: a pipeline.
+            protocol: how its scores are measured.
+            seeds: S, the number of seeds.
 
         Raises:
-            NemoError: one of them is another; `float(threshold)` says that you know better.
+            NemoError: τ was measured with another model, another number of seeds, or other values of the protocol's
+                fields that scores depend on. `float(threshold)` has no such check.
         """
         choices = [("seeds", self.seeds, seeds)]
         choices += [(name, getattr(self.protocol, name), getattr(protocol, name)) for name in _FIELDS_OF_A_SCORE]
@@ -85,16 +93,16 @@ class Threshold:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it as JSON, at once or not at all."""
+        """Write all attributes to a JSON file, atomically."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Threshold:
-        """Read what `save` wrote.
+        """Read a threshold that `save` has written.
 
         Raises:
-            NemoError: not a threshold.
+            NemoError: the file does not contain a threshold.
         """
         try:
             values = json.loads(Path(path).read_text())
@@ -114,16 +122,19 @@ def memorization_threshold(
     batch_size: int | None = None,
     progress: ProgressLike = None,
 ) -> Threshold:
-    """τ, the mean plus one std of unmemorized prompts' scores (docs/method.md, section 6).
+    """Measure τ, the mean plus one std of unmemorized prompts' scores (docs/method.md, section 6).
 
     Args:
         pipe: a pipeline.
-        prompts: two texts or more that the model has not memorized.
-        seeds: S ≥ 2, as many as τ will be used with.
+        prompts: two or more texts that the model has not memorized.
+        seeds: S ≥ 2. τ applies only to scores with the same number of seeds.
         protocol: how to measure; None: `Protocol.paper()`.
         batch_size: latents in one call of the denoiser. It changes the result by rounding only. None: as many as
             memory allows (`fitting_batch_size`), at most `seeds`.
-        progress: see `nemo_ext.progress`.
+        progress: as for `nemo_ext.progress.open_progress`.
+
+    Returns:
+        τ, with the scores of the prompts.
 
     Raises:
         NemoError: there are fewer than two prompts, or as for `memorization_score`.

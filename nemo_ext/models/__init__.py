@@ -1,1 +1,1 @@
-"""What depends on the family of models: `family.py` is the interface, and each family is one file beside it."""
+"""Everything that depends on the model family: `family.py` has the interface, and each family is one file beside it."""

@@ -49,9 +49,9 @@ class Family(ABC):
 
     @abstractmethod
     def layer_groups(self, layers: Sequence[str]) -> Mapping[str, Sequence[str]]:
-        """Names that users may give to `layers=` instead of a list: group name -> the value layers in it.
+        """The groups that users may name in `layers=` instead of a list: group name -> the value layers in it.
 
-        Every family has the group "all" besides.
+        The group "all" is not among them; every family has it.
 
         Args:
             layers: the names of all value layers.
@@ -67,7 +67,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
-        """Text embeddings e, [B, T, K], as the text encoder gives them, on its device and in its dtype.
+        """Text embeddings e of B texts, [B, T, K], on the text encoder's device and in its dtype.
 
         Raises:
             NemoError: the pipeline encodes text in a way that is not supported.
@@ -91,7 +91,8 @@ class Family(ABC):
             step_index: which of them, counted from 0.
 
         Raises:
-            NemoError: the scheduler is not supported, or the denoiser needs more than latents, a timestep and a text.
+            NemoError: the scheduler is not supported, or the denoiser needs more than latents, a timestep and a text
+                embedding.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The value layers of a model: found in network order, and refused by name where they cannot be worked with."""
+"""Finding the value layers of a model in network order. A layer that is not supported is an error that names it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def value_layers(model: Any, layers: str | Sequence[str] | None = None) -> dict[
         Layer name (the module's name inside the denoiser) -> the linear layer, weight [N, K].
 
     Raises:
-        NemoError: there is no cross-attention, a name is unknown, or a layer cannot be worked with: its projections are
-            fused, `to_v` is not a plain `torch.nn.Linear` (LoRA, quantization), its weights are on the meta device, or
-            the layers read texts of different width.
+        NemoError: the model has no cross-attention, a name is unknown, the layers read text embeddings of different
+            widths, or a layer is not supported: its projections are fused, `to_v` is not a plain `torch.nn.Linear`
+            (LoRA, quantization), or its weights are on the meta device.
     """
     denoiser = denoiser_of(model)
     family = family_of(model)
@@ -36,12 +36,13 @@ def value_layers(model: Any, layers: str | Sequence[str] | None = None) -> dict[
         for name, attention in family.cross_attentions(denoiser)
     }
     if not found:
-        raise NemoError(f"{type(denoiser).__name__} has no cross-attention: nothing reads the text")
+        raise NemoError(f"{type(denoiser).__name__} has no cross-attention, so none of its layers reads the text")
     first, reference = next(iter(found.items()))
     for layer, module in found.items():
         if module.in_features != reference.in_features:
             raise NemoError(
-                f"{layer} reads texts {module.in_features} wide, {first} {reference.in_features}: wanted one width"
+                f"{layer} reads texts {module.in_features} wide, and {first} texts {reference.in_features} wide: "
+                "several widths in one model are not supported"
             )
     groups = {**family.layer_groups(tuple(found)), "all": tuple(found)}
     chosen = family.searched_layers if layers is None else layers
@@ -62,7 +63,7 @@ def value_layers(model: Any, layers: str | Sequence[str] | None = None) -> dict[
 
 
 def unknown_layer(layer: str, known: Mapping[str, Any]) -> NemoError:
-    """The error for a name that is no value layer, with the closest one that is."""
+    """The error for a name that is not a value layer's; its message suggests the most similar name."""
     close = difflib.get_close_matches(str(layer), known, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else f"; it has {', '.join(known)}"
     return NemoError(f"the model has no value layer '{layer}'{hint}")
@@ -74,15 +75,15 @@ def _checked_value_layer(layer: str, attention: nn.Module) -> nn.Linear:
     if getattr(attention, "added_kv_proj_dim", None) is not None:
         raise NemoError(
             f"{layer}: cross-attentions with added key and value projections "
-            "read the text elsewhere and are not supported"
+            "read the text in other layers too, and are not supported"
         )
     module = getattr(attention, "to_v", None)
-    # Of the subclasses of nn.Linear only a patched layer is known to keep plain weights.
+    # Subclasses of nn.Linear can store quantized or sharded weights. A patched layer has ordinary ones.
     plain = type(module) is nn.Linear or "neuron_scale" in getattr(module, "_buffers", ())
     if not (isinstance(module, nn.Linear) and plain):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         hint = ": merge the LoRA into the weights, or unload it" if hasattr(module, "base_layer") else ""
         raise NemoError(f"{layer} must be a torch.nn.Linear, got {kind}{hint}")
     if module.weight.is_meta:
-        raise NemoError(f"{layer} has its weights on the meta device (sequential offload?): load them first")
+        raise NemoError(f"{layer} has its weights on the meta device (sequential offload?): load the weights first")
     return module

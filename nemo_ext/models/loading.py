@@ -1,7 +1,7 @@
 """Loading a pipeline from a local diffusers folder.
 
-The folder is outside material. Weights are read from safetensors only, because opening a pickle can run code, and
-nothing is fetched from a network. Whatever is wrong is said in one sentence that names the file and the way out.
+The folder may come from an untrusted source. So weights are read from safetensors only, because opening a pickle can
+run code, and the network is never used. Every error is one sentence that names the file and says what to do.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load_pipeline(
 
 
 def _family_in(folder: Path) -> Family:
-    """The family of the pipeline in a folder, by the class that `model_index.json` names."""
+    """Find the family of the pipeline in a folder by the class that `model_index.json` names."""
     if not folder.exists():
         raise NemoError(f"the model folder {folder} doesn't exist: give the path of a diffusers folder")
     if not folder.is_dir():
@@ -110,6 +110,7 @@ def _variant_in(folder: Path, family: Family) -> str | None:
         variants.add("fp16" if all(".fp16" in file for file in weights) else None)
     if len(variants) > 1:
         raise NemoError(
-            f"{folder} has some components only as *.fp16.safetensors and others only without: make them all the same"
+            f"{folder} has some components only as *.fp16.safetensors and others only without fp16: "
+            "save all of them in the same way"
         )
     return variants.pop()

@@ -1,4 +1,4 @@
-"""Which family a model belongs to."""
+"""Finding the family of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.models.family import Family
 from nemo_ext.models.stable_diffusion import StableDiffusion
 
-#: All families that the package knows. The first that recognizes a model is its family.
+#: All families. A model belongs to the first one that recognizes it.
 FAMILIES: list[Family] = [StableDiffusion()]
 
 
@@ -41,6 +41,6 @@ def denoiser_of(model: Any) -> nn.Module:
 
 
 def short_layer_name(layer: str) -> str:
-    """A value layer's name, short enough for a plot; a name that no family knows stays as it is."""
+    """A value layer's name, short enough for a plot. A name that no family knows is returned unchanged."""
     names = (family.short_name(layer) for family in FAMILIES)
     return next((name for name in names if name is not None), layer)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nemo_ext.errors import NemoError
 from nemo_ext.models.family import Family, NoisePredictor
 
-# `named_modules()` of a U-Net yields the up blocks before the mid block, which is not the order of the network.
+# The order of the network. `named_modules()` of a U-Net yields the up blocks before the mid block.
 _PARTS = ("down_blocks", "mid_block", "up_blocks")
 _SEARCHED_BY_THE_PAPER = ("down_blocks", "mid_block")
 
@@ -68,14 +68,14 @@ class StableDiffusion(Family):
         return {"text_encoder": pipe.text_encoder}
 
     def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
-        """Text embeddings, padded to the tokenizer's `model_max_length`; longer text is cut off, with a warning."""
+        """Text embeddings, padded to the tokenizer's `model_max_length` tokens. Longer text is cut, with a warning."""
         if getattr(pipe, "text_encoder_2", None) is not None:
             raise NemoError(f"{type(pipe).__name__} has several text encoders: SD1 and SD2 have one")
         tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-        # Without `return_tensors`: transformers would look at every token a second time to make tensors of them.
+        # `return_tensors` is not used, because transformers would then check every token a second time.
         encoded = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
         _warn_of_truncation(tokenizer, texts, encoded.attention_mask)
-        # diffusers' own pipelines do the same: most CLIP text encoders are used without the mask.
+        # As in the diffusers pipelines: only a text encoder whose configuration asks for the mask gets it.
         masked = getattr(encoder.config, "use_attention_mask", False)
         hidden: Tensor = encoder(
             torch.tensor(encoded.input_ids, device=encoder.device),
@@ -91,9 +91,9 @@ class StableDiffusion(Family):
         return config.in_channels, height, width
 
     def noise_predictor(self, pipe: Any, num_inference_steps: int, step_index: int) -> NoisePredictor:
-        """The U-Net at one step of a DDIM schedule, whose noise levels are those of the pipeline's scheduler.
+        """The U-Net's prediction at one step of a DDIM schedule with the noise levels of the pipeline's scheduler.
 
-        A prediction v (Salimans and Ho, arXiv 2202.00512) is converted: ε = √ᾱ v + √(1−ᾱ) x.
+        A v-prediction (Salimans and Ho, arXiv 2202.00512) is converted to noise: ε = √ᾱ v + √(1−ᾱ) x.
         """
         from diffusers import DDIMScheduler
 

@@ -1,4 +1,4 @@
-"""The state that a model is in: compiled or not, training or evaluating, and which weights it has."""
+"""The state of a model: whether it is compiled, whether it is in training mode, and which weights it has."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ def model_fingerprint(pipe: Any, layers: str | Sequence[str] | None = None) -> s
 
 
 def name_of_model(pipe: Any) -> str:
-    """The folder or name that the pipeline was loaded from, for messages; empty if it was not loaded."""
+    """The folder or name that the pipeline was loaded from, for messages; an empty text if it was not loaded."""
     return str(getattr(pipe.config, "_name_or_path", None) or "")

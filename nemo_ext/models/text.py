@@ -13,10 +13,10 @@ from nemo_ext.models.state import evaluating
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts as a list.
+    """Check that prompts are texts, and return them as a list.
 
     Raises:
-        NemoError: `prompts` is one text instead of several, or holds something that is not text.
+        NemoError: `prompts` is one text instead of a sequence, or contains something that is not text.
     """
     if isinstance(prompts, str):
         raise NemoError("prompts must be a sequence of texts, got one text")
@@ -32,13 +32,13 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
 
     Args:
         pipe: a pipeline.
-        prompts: B texts. What is longer than the text encoder can read is cut off, with a warning.
+        prompts: B texts. A text that is too long for the text encoder is cut, with a warning.
 
     Returns:
         [B, T, K] in the denoiser's dtype and on its device, without gradients.
 
     Raises:
-        NemoError: there is no text, something is not text, or the pipeline has several text encoders.
+        NemoError: there are no prompts, a prompt is not text, or the pipeline has several text encoders.
     """
     texts = check_prompts(prompts)
     if not texts:

@@ -1,1 +1,1 @@
-"""Switching neurons off in a pipeline without hooks: its value layers get a class whose neurons have a scale."""
+"""Switching neurons off in a pipeline without hooks: the value layers get a class with a scale for each neuron."""

@@ -1,4 +1,4 @@
-"""Patching a pipeline: its neurons become switchable, and some are switched off (docs/method.md, section 1)."""
+"""Patching a pipeline, so that its neurons can be switched off (docs/method.md, section 1)."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from nemo_ext.patching.value_projection import ValueProjection, remove_scale, se
 
 
 class PatchHandle:
-    """The value layers of a patched pipeline. It found them once, so changing neurons searches no modules.
+    """The value layers of a patched pipeline. With it the neurons are changed without a search for the layers.
 
     Args:
-        layers: layer name -> value layer, all of them, in network order.
+        layers: layer name -> value layer, for all value layers, in network order.
     """
 
     def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
         self.layers = dict(layers)
 
     def set_neurons(self, neurons: Mapping[str, Sequence[int]] | None = None, *, scale: float = 0.0) -> None:
-        """Change which neurons are off, in place: nothing is recompiled.
+        """Change which neurons are off. The scales are changed in place, so compiled graphs stay valid.
 
         Args:
             neurons, scale: as for `patch`.
 
         Raises:
-            NemoError: a layer is no longer patched, or as for `patch`; then nothing has been changed.
+            NemoError: a layer is no longer patched, a layer or neuron does not exist, or the scale is not finite. Then
+                nothing has been changed.
         """
         scales = neuron_scales(self.layers, neurons, scale)
         for layer in self.layers:
@@ -43,10 +44,10 @@ class PatchHandle:
             set_scale(module, *scales[layer])
 
     def patched_layer(self, layer: str) -> ValueProjection:
-        """The layer of a name.
+        """The patched value layer with a given name.
 
         Raises:
-            NemoError: there is no value layer of that name, or it is no longer patched.
+            NemoError: there is no value layer with that name, or it is no longer patched.
         """
         if layer not in self.layers:
             raise unknown_layer(layer, self.layers)
@@ -57,26 +58,27 @@ class PatchHandle:
 
 
 def patch(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scale: float = 0.0) -> PatchHandle:
-    """Make every neuron of a pipeline switchable, and switch some off: v = (e Wᵀ + bias) · s.
+    """Patch all value layers of a pipeline, and switch some of their neurons off: v = (e Wᵀ + bias) · s.
 
-    All value layers are patched. Patching again replaces the neurons and changes nothing else. Without neurons the
-    outputs are the untouched pipeline's: bit for bit in eager mode, and up to rounding in compiled graphs. It works
-    with any attention processor, `.to()`, autocast, half precision and torch.compile, and `state_dict` keys stay.
+    This is the first equation of docs/method.md, section 1. Patching a patched pipeline replaces its neurons and
+    changes nothing else. While no neuron is off, the outputs are those of the untouched pipeline: bit-identical in
+    eager mode, and equal up to rounding in compiled graphs. A patched pipeline works with any attention processor,
+    `.to()`, autocast, half precision and torch.compile, and its `state_dict` keys do not change.
 
-    In eager mode without gradients a layer's values are computed once for each text embedding and not at every step;
-    see `nemo_ext.patching.value_cache`.
+    In eager mode without gradients each layer computes its values once per text embedding and not at every step; see
+    `nemo_ext.patching.value_cache`.
 
     Args:
         pipe: a diffusers pipeline, or its denoiser.
-        neurons: layer name -> neuron indices, a `NeuronSet` for example; None: no neuron.
-        scale: the factor s of these neurons; 0 switches them off. All others have 1.
+        neurons: layer name -> neuron indices, for example a `NeuronSet`; None: no neuron is switched off.
+        scale: the factor s of these neurons, a finite number; 0 switches them off. All other neurons have s = 1.
 
     Returns:
-        A handle for changing the neurons later; it may be ignored.
+        A handle with which the neurons can be changed later. The caller may ignore it.
 
     Raises:
-        NemoError: a layer cannot be patched, or a layer or neuron does not exist, by name; then nothing has been
-            changed.
+        NemoError: a layer cannot be patched, a layer or neuron does not exist, or the scale is not finite. The message
+            names the layer, and nothing has been changed.
     """
     layers = value_layers(pipe, "all")
     scales = neuron_scales(layers, neurons, scale)
@@ -92,7 +94,7 @@ def patch(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scal
 
 
 def unpatch(pipe: Any) -> None:
-    """Make a pipeline again what it was before `patch`, bit for bit. A pipeline that is not patched stays as it is.
+    """Undo `patch`: the pipeline is bit-identical to what it was before. An unpatched pipeline does not change.
 
     Args:
         pipe: a diffusers pipeline, or its denoiser.
@@ -109,15 +111,18 @@ def is_patched(pipe: Any) -> bool:
 
 @contextmanager
 def patched(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scale: float = 0.0) -> Iterator[Any]:
-    """`patch` for the length of a block. After the block, also after an exception, everything is as before.
+    """Patch a pipeline for the length of a block. After the block, and after an exception, it is as it was before.
 
-    A pipeline that was already patched gets its neurons back.
+    If the pipeline was already patched, the neurons that were off before are off again after the block.
 
     Args:
         pipe, neurons, scale: as for `patch`.
 
     Yields:
         `pipe`.
+
+    Raises:
+        NemoError: as for `patch`.
     """
     with patch_handle(pipe, neurons, scale=scale):
         yield pipe
@@ -127,7 +132,7 @@ def patched(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, sc
 def patch_handle(
     pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scale: float = 0.0
 ) -> Iterator[PatchHandle]:
-    """`patched`, for callers that change the neurons within the block: it yields the handle instead of the pipeline."""
+    """Do what `patched` does, and yield the handle, with which the block can change the neurons."""
     before = {
         module: (module.neuron_scale.clone(), module.is_unscaled()) if isinstance(module, ValueProjection) else None
         for module in value_layers(pipe, "all").values()
@@ -146,10 +151,14 @@ def patch_handle(
 def neuron_scales(
     layers: Mapping[str, nn.Linear], neurons: Mapping[str, Sequence[int]] | None, scale: float
 ) -> dict[str, tuple[Tensor, bool]]:
-    """The scale of each layer with some neurons off: layer name -> (scale [N] float32, whether all of it is 1).
+    """The scale of each layer: layer name -> (scale [N] float32 on the CPU, whether all its elements are 1).
+
+    Args:
+        layers: layer name -> value layer.
+        neurons, scale: as for `patch`.
 
     Raises:
-        NemoError: the scale is not finite, or a layer or neuron does not exist, by name.
+        NemoError: the scale is not finite, or a layer or neuron does not exist; the message names it.
     """
     if not math.isfinite(scale):
         raise NemoError(f"scale must be a finite number, got {scale}")

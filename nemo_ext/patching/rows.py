@@ -1,4 +1,4 @@
-"""Other neurons off in each row of a batch: many sets of neurons in one call of the denoiser."""
+"""Switching different neurons off in each row of a batch, so that one call of the denoiser tries several sets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nemo_ext.patching.value_projection import ValueProjection, give_scale, set_
 
 @contextmanager
 def neurons_off_by_row(handle: PatchHandle, neurons: Sequence[NeuronSet]) -> Iterator[None]:
-    """For the length of a block, switch a set of neurons off in each row of the batch, and no others.
+    """For the length of a block, switch a set of neurons off in each row of the batch, and no other neurons.
 
     Args:
-        handle: a patched pipeline's.
-        neurons: B sets. Each call of the denoiser in the block must have B rows.
+        handle: the handle of a patched pipeline.
+        neurons: B ≥ 1 sets, one for each row. Each call of the denoiser in the block must have B rows.
 
     Raises:
         NemoError: a layer or neuron does not exist, or a layer is no longer patched.
@@ -48,18 +48,18 @@ def neurons_off_by_row(handle: PatchHandle, neurons: Sequence[NeuronSet]) -> Ite
 def scaled_rows(handle: PatchHandle, scales: Mapping[str, Tensor]) -> Iterator[None]:
     """For the length of a block, give value layers a scale for each row of the batch.
 
-    After the block, also after an exception, every layer has the scale that it had before. In the next block other
-    tensors of the same shape recompile nothing.
+    After the block, and after an exception, every layer has the scale that it had before. A compiled denoiser is not
+    recompiled for a later block whose tensors have the same shapes.
 
     Args:
-        handle: a patched pipeline's.
-        scales: layer name -> [B, N] float32, with the same B everywhere. Each call of the denoiser in the block must
-            have B rows. The tensors are used as they are: a gradient reaches them, and a change in place counts. Layers
-            that are not named keep their scale.
+        handle: the handle of a patched pipeline.
+        scales: layer name -> s, [B, N] float32, with the same B for all layers. Each call of the denoiser in the block
+            must have B rows. A tensor on its layer's device is not copied, so changes in place take effect; gradients
+            reach all tensors. Layers without an entry keep their scale.
 
     Raises:
-        NemoError: a layer does not exist or is no longer patched, or a scale has another shape or dtype, by the layer's
-            name; then nothing has been changed.
+        NemoError: a layer does not exist or is no longer patched, or a scale has another shape or dtype. The message
+            names the layer, and nothing has been changed.
     """
     modules: dict[ValueProjection, Tensor] = {}
     rows = next((len(scale) for scale in scales.values() if scale.dim()), 0)

@@ -1,6 +1,6 @@
-"""The values of a value layer, kept while they are certain to be the same: they don't depend on the timestep.
+"""A cache of the values of one value layer. Values depend on the text and not on the timestep, so they can be reused.
 
-Keys don't either, but patching leaves every layer besides `to_v` alone.
+The same holds for the keys of a cross-attention, but patching changes no layer except `to_v`.
 """
 
 import weakref
@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 class _Entry(NamedTuple):
     input: "weakref.ref[Tensor]"
-    #: Emptied when the input dies: "values", and "held", what keeps an id or an address in `state` from being reused.
-    kept: dict[str, Any]
+    #: "values": the cached values. "references": the objects whose id or address is part of `state`; while they are
+    #: alive, no other object can get the same id or address. The dictionary is cleared when the input is deleted.
+    cached: dict[str, Any]
     state: tuple[Any, ...]
     version: int
 
 
 class ValueCache:
-    """The last values of one value layer, given again for the same tensor while nothing they depend on has changed.
+    """The last values of one value layer, which are returned again if their input is the same and nothing has changed.
 
-    A generation passes one text embedding at every step, so that each layer projects it once. There is never more than
-    one result, and it goes when its embedding does. In doubt the values are computed: under inference mode, for
-    subclasses of tensors, and where a gradient is wanted. What counts as a change is what PyTorch's version counters
-    see: writing through `.data`, NumPy or a pointer into an embedding or a weight in use isn't noticed.
+    A generation passes the same text embedding at every step, so with the cache each layer projects it once. The cache
+    has at most one entry, which is deleted together with its text embedding. Values are always computed under inference
+    mode, for subclasses of tensors, and if a gradient is needed. Changes are detected by PyTorch's version counters, so
+    writing to an embedding or a weight through `.data`, NumPy or a pointer is not detected.
     """
 
     def __init__(self) -> None:
@@ -39,31 +40,43 @@ class ValueCache:
         bias: Tensor | None,
         scale: Tensor,
     ) -> Tensor:
-        """`project(input, weight, bias, scale)`, or what it gave the last time."""
-        if not _can_be_kept(input, weight, bias, scale):
+        """Return `project(input, weight, bias, scale)`, from the cache if possible.
+
+        Args:
+            project: the function that computes the values.
+            input: text embeddings e, [B, T, K].
+            weight: [N, K].
+            bias: [N] or None.
+            scale: [N] or [B, N].
+
+        Returns:
+            The values, [B, T, N]. From the cache it is the same tensor as before.
+        """
+        if not _can_be_cached(input, weight, bias, scale):
             return project(input, weight, bias, scale)
-        # Taken before the projection, so that what another thread changes meanwhile doesn't match afterwards.
+        # The state is read before the projection, so the entry will not match if another thread changes a tensor now.
         state = _state(input, weight, bias, scale)
         entry = self._entry
         if entry is not None and entry.input() is input and entry.state == state:
-            values: Tensor = entry.kept["values"]
-            # The last caller may have changed them in place, or have asked for their gradient.
+            values: Tensor = entry.cached["values"]
+            # The last caller may have changed the values in place, or set `requires_grad` on them.
             if values._version == entry.version and not values.requires_grad:
                 return values
         values = project(input, weight, bias, scale)
         if not values.is_inference():
-            # `.data = …`, as in `Module.to`, gives a parameter other memory: its old memory must not be reused for new.
-            memory = [parameter.detach() for parameter in (weight, bias) if parameter is not None]
-            kept = {"values": values, "held": (weight, bias, scale, memory)}
-            # The callback knows `kept` alone: no reference leads back to the cache, its layer or the reference itself.
-            dies = weakref.ref(input, lambda _: kept.clear())
-            self._entry = _Entry(dies, kept, state, values._version)
+            # `Module.to` assigns to `.data`, which gives a parameter another storage. The old storage is referenced,
+            # because its address could otherwise be reused for other weights.
+            storages = [parameter.detach() for parameter in (weight, bias) if parameter is not None]
+            cached = {"values": values, "references": (weight, bias, scale, storages)}
+            # The callback refers to `cached` alone. A reference to the cache would keep the layer alive.
+            reference = weakref.ref(input, lambda _: cached.clear())
+            self._entry = _Entry(reference, cached, state, values._version)
         return values
 
 
-def _can_be_kept(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> bool:
-    """Whether there will be no gradient, and whether changes of these tensors can be noticed."""
-    # Of subclasses (distributed, quantized, functional_call's) nobody knows what their version counts.
+def _can_be_cached(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> bool:
+    """Whether no gradient is needed and changes of these tensors can be detected."""
+    # A subclass of tensors (distributed, quantized, in functional_call) may not count its changes in `_version`.
     plain = type(input) is Tensor and type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
     if not plain or not (input.is_cpu or input.is_cuda):
         return False
@@ -74,15 +87,15 @@ def _can_be_kept(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tens
 
 
 def _state(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> tuple[Any, ...]:
-    """Equal before and after if the same input would give the same values."""
+    """Everything that the values depend on besides the identity of the input. Equal states mean equal values."""
     device = "cuda" if input.is_cuda else "cpu"
     return (
         input._version,
-        # A parameter can be given other memory, or be another view of the same, without being another object.
+        # The same parameter object can get another storage, or become another view of the same storage.
         *(id(weight), weight._version, weight.data_ptr(), weight.stride()),
         *(() if bias is None else (id(bias), bias._version, bias.data_ptr(), bias.stride())),
         *(id(scale), scale._version),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-        # Another stream may come to the values before they are there.
+        # Another stream could read the values before they have been computed.
         torch.cuda.current_stream(input.device) if input.is_cuda else None,
     )

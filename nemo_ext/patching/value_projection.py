@@ -12,11 +12,11 @@ from nemo_ext.patching.value_cache import ValueCache
 
 
 class LayerCache:
-    """What a patched layer keeps from one call to the next. It is empty in a copy, and in a layer read from a file.
+    """What a patched layer caches between calls. The cache is empty in a copied layer and in an unpickled one.
 
     Attributes:
-        values: the values of the last text embedding.
-        ones: the scale and its version when the scale was known to be 1 everywhere; else None.
+        values: the cache of the values.
+        ones: the scale tensor and its version counter from when all its elements were known to be 1; else None.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class LayerCache:
 
 
 class ValueProjection(nn.Linear):
-    """A value layer whose neurons can be scaled: v = (e Wᵀ + bias) · s (docs/method.md, section 1).
+    """A value layer that multiplies each neuron by a scale: v = (e Wᵀ + bias) · s (docs/method.md, section 1).
 
     `patch` gives this class to the `torch.nn.Linear` that is already there, so its parameters, `state_dict` keys and
     hooks stay. The scale s is the buffer `neuron_scale`, [N] float32 (or [B, N] for the length of a block), which is
@@ -36,13 +36,20 @@ class ValueProjection(nn.Linear):
     """
 
     neuron_scale: Tensor
-    #: What calls in eager mode keep for later calls.
+    #: The cache that calls in eager mode use.
     kept: LayerCache
 
     def forward(self, input: Tensor) -> Tensor:
-        """v, [B, T, N], of text embeddings e, [B, T, K], in the dtype of e."""
+        """Compute v = (e Wᵀ + bias) · s.
+
+        Args:
+            input: text embeddings e, [B, T, K].
+
+        Returns:
+            The values v, [B, T, N], in the dtype of e.
+        """
         if _is_recorded(input):
-            # The graph will run again with other neurons off; the operator reads them from the buffer.
+            # The graph will run later with other neurons off, so it must contain the operator, which reads the buffer.
             return ops.value_projection(input, self.weight, self.bias, self.neuron_scale)
         return self.kept.values.get(self._project, input, self.weight, self.bias, self.neuron_scale)
 
@@ -52,16 +59,20 @@ class ValueProjection(nn.Linear):
         return ops.value_projection(input, weight, bias, scale)
 
     def is_unscaled(self) -> bool:
-        """Whether the scale is known to be 1 everywhere. This reads nothing from the device."""
+        """Whether all elements of the scale are known to be 1. No data is read from the device."""
         scale, ones = self.neuron_scale, self.kept.ones
         return ones is not None and ones[0] is scale and ones[1] == scale._version and not scale.requires_grad
 
     def note_scale(self, unscaled: bool) -> None:
-        """Note whether the scale, as it is now, is 1 everywhere."""
+        """Record whether all elements of the current scale are 1.
+
+        Args:
+            unscaled: whether they are.
+        """
         self.kept.ones = (self.neuron_scale, self.neuron_scale._version) if unscaled else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueProjection:
-        # `.half()` and `.to(dtype)` would round the scale as well, so only its device is changed.
+        # `.half()` and `.to(dtype)` would also convert the scale and round it, so here only its device changes.
         scale, unscaled = self.neuron_scale, self.is_unscaled()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.neuron_scale = scale.to(self.neuron_scale.device)
@@ -70,14 +81,22 @@ class ValueProjection(nn.Linear):
 
 
 def _is_recorded(input: Tensor) -> bool:
-    """Whether the call becomes part of a graph: of torch.compile, of a trace, or a CUDA graph."""
+    """Whether the call is recorded in a graph: by torch.compile, by tracing, or in a CUDA graph."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return input.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def give_scale(module: nn.Linear, scale: Tensor) -> ValueProjection:
-    """Make the tensor `scale` itself the layer's scale, and the layer a patched one if it is not."""
+    """Patch the layer if it is not patched, and use the tensor `scale` itself, without a copy, as its scale.
+
+    Args:
+        module: a value layer, patched or not.
+        scale: [N] or [B, N] float32 on the layer's device.
+
+    Returns:
+        The layer.
+    """
     module.register_buffer("neuron_scale", scale, persistent=False)
     if not isinstance(module, ValueProjection):
         module.__class__ = ValueProjection
@@ -87,24 +106,24 @@ def give_scale(module: nn.Linear, scale: Tensor) -> ValueProjection:
 
 
 def set_scale(module: nn.Linear, scale: Tensor, unscaled: bool) -> None:
-    """Give the layer the values of `scale`, in place where that is possible.
+    """Patch the layer if it is not patched, and copy `scale` into its scale, in place if the shapes are equal.
 
     Args:
         module: a value layer, patched or not.
         scale: [N] float32 on any device.
-        unscaled: whether all of them are 1.
+        unscaled: whether all elements of `scale` are 1.
     """
     if isinstance(module, ValueProjection) and module.neuron_scale.shape == scale.shape:
         module.neuron_scale.copy_(scale)
         module.note_scale(unscaled)
     else:
-        # An inference tensor could never be changed again outside inference mode.
+        # A tensor that is created in inference mode could not be changed in place outside of it.
         with torch.inference_mode(False):
             give_scale(module, scale.to(module.weight.device, copy=True)).note_scale(unscaled)
 
 
 def remove_scale(module: ValueProjection) -> None:
-    """Make a patched layer the `torch.nn.Linear` again that it was."""
+    """Turn a patched layer back into the `torch.nn.Linear` that it was."""
     del module.neuron_scale
     del module.kept
     module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -1,1 +1,1 @@
-"""What a search found, for people to look at: an HTML page with plots, and sheets of images."""
+"""Showing the results of a search: an HTML page with plots, and contact sheets of images."""

@@ -1,4 +1,4 @@
-"""Images of a report: small copies as data URIs, and contact sheets."""
+"""Images for the report, as small copies in data URIs, and contact sheets."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from nemo_ext.errors import NemoError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Longest side, in pixels, of an image in the report: a strip is looked at, the files beside it are the record.
+#: The longest side of an image in the report, in pixels. The report shows copies, and the files keep the full size.
 THUMBNAIL_SIZE = 256
 
 
 def data_uri(image: Path | Image) -> str:
-    """An image as a data URI, made smaller where it is larger than a thumbnail."""
+    """Encode an image as a data URI: JPEG if it has to be scaled down to `THUMBNAIL_SIZE`, and PNG otherwise.
+
+    Raises:
+        NemoError: the image cannot be read.
+    """
     picture = open_image(image)
     buffer = io.BytesIO()
     if max(picture.size) > THUMBNAIL_SIZE:
@@ -30,11 +34,16 @@ def data_uri(image: Path | Image) -> str:
 
 
 def as_uri(kind: str, content: bytes) -> str:
+    """Encode the bytes of a file as a data URI; `kind` is the media type, such as "image/png"."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def open_image(image: Path | Image) -> Image:
-    """An RGB copy of an image, or a sentence about why there is none."""
+    """Return an RGB copy of an image, given as a path or as a PIL image.
+
+    Raises:
+        NemoError: the file cannot be read as an image.
+    """
     from PIL import Image as images
 
     if not isinstance(image, (str, Path)):
@@ -54,15 +63,18 @@ def contact_sheet(
     columns: Sequence[str] = (),
     size: int = 128,
 ) -> Image:
-    """Put images on one sheet, in rows with a name to their left.
+    """Draw images on one sheet, in rows with a name to the left of each row.
 
     Args:
-        rows: A row's name and its images; None leaves a place empty.
-        columns: Names above the columns.
-        size: Side of an image's place, in pixels.
+        rows: the name and the images of each row; None in place of an image leaves its cell empty.
+        columns: the names above the columns.
+        size: the side of a cell, in pixels. Images are scaled to it.
 
     Returns:
-        The sheet, an RGB image with a white ground.
+        The sheet, an RGB image with a white background.
+
+    Raises:
+        NemoError: an image cannot be read.
     """
     from PIL import Image as images
     from PIL import ImageDraw, ImageFont
@@ -99,7 +111,7 @@ def contact_sheet(
 
 
 def _wrap(draw: Any, text: str, width: int, font: Any, lines: int) -> list[str]:
-    """Break text into at most `lines` lines of `width` pixels, the last one cut short with an ellipsis."""
+    """Break text into lines of at most `width` pixels. After `lines` lines the rest is replaced by an ellipsis."""
     wrapped: list[str] = []
     for word in text.split():
         joined = f"{wrapped[-1]} {word}" if wrapped else word

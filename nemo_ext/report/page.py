@@ -1,7 +1,7 @@
-"""The report: one HTML file about some prompts.
+"""The report: one HTML file that shows the results of several prompts.
 
-The file holds everything in itself (styles, plots, images), needs no JavaScript, loads nothing, and can be sent by
-mail. Prompts are other people's text: they are escaped where they are shown, and no file is ever named after one.
+The file contains its styles, plots and images, needs no JavaScript and loads no other file, so it can be sent by mail.
+Prompts are untrusted text: they are escaped in the page, and their text is never part of a file name.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptImages:
-    """Images that go with one prompt; each a path or a PIL image.
+    """The images of one prompt. Each of them is a path or a PIL image.
 
     Attributes:
-        original: The training image, where it is known.
-        before: Seed -> image of the untouched model.
-        after: Seed -> image with the found neurons switched off.
+        original: the training image; None if it is not known.
+        before: seed -> image of the untouched model.
+        after: seed -> image with the found neurons off.
     """
 
     original: Path | Image | None = None
@@ -42,10 +42,14 @@ class PromptImages:
 
 
 def find_images(folder: str | Path, localizations: Sequence[Localization]) -> dict[int, PromptImages]:
-    """Find the images that lie beside results, where `ResultsFolder` has them.
+    """Find the images in a results folder.
+
+    Args:
+        folder: the folder. If it is a file such as results.jsonl, no images are found.
+        localizations: the results in the folder, in the order of results.jsonl.
 
     Returns:
-        Position of the localization -> its images; prompts without images are left out.
+        Position of the result -> its images. Results without images have no entry.
     """
     results = ResultsFolder(folder)
     found = {}
@@ -69,22 +73,26 @@ def write_report(
     images: Mapping[int, PromptImages] | None = None,
     title: str = "NeMo report",
 ) -> Path:
-    """Write one self-contained HTML file about some prompts.
+    """Write a self-contained HTML file that shows the results of several prompts.
+
+    Equal results and images give equal files.
 
     Args:
-        path: The HTML file; it appears whole or not at all.
-        localizations: The results, in the order of the report.
-        images: Position in `localizations` -> images of that prompt (see `find_images`).
-        title: The page's title.
+        path: the HTML file. It is written atomically.
+        localizations: the results, in the order in which the page shows them.
+        images: position in `localizations` -> the images of that prompt, as `find_images` returns them; None: no
+            images.
+        title: the page's title.
 
     Returns:
-        The path written.
+        `path` as a `Path`.
 
     Raises:
-        NemoError: There are no localizations, an image can't be read, or the file can't be written.
+        NemoError: there are no results, or an image cannot be read.
+        OSError: the file cannot be written.
     """
     if not localizations:
-        raise NemoError("there is nothing to report: no localization was given")
+        raise NemoError("there is nothing to report, because there are no results: run `nemo-ext localize` first")
     from jinja2 import Environment, StrictUndefined
 
     images = images or {}
@@ -109,7 +117,7 @@ def write_report(
 
 
 def _section(index: int, found: Localization, images: PromptImages | None) -> dict[str, Any]:
-    """Everything the template shows of one prompt."""
+    """All values that the template shows for one prompt."""
     certificate = found.certificate
     return {
         "number": index + 1,

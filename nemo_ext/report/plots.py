@@ -1,6 +1,7 @@
-"""The report's plots, as data URIs.
+"""The plots of the report, as SVG in data URIs.
 
-Prompts never enter them, because text from users would meet matplotlib's own markup.
+Each function returns a plot twice: "light" and "dark" -> data URI, for a page with a light and a dark background.
+Plots contain no prompts, because matplotlib would interpret some of their characters as markup.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
 
     from nemo_ext.results.record import Localization
 
-#: Bars beyond this many can't carry readable names.
+#: With more bars than this, their names would be too small to read.
 MAX_NAMED_BARS = 32
 
 _BEFORE, _AFTER, _THRESHOLD = "#c8553d", "#2a7f9e", "#8a8a8a"
-#: Stands for the page's text colour in a plot, and is replaced for the light and the dark page.
+#: A placeholder for the text colour, which is replaced by the colour of the light and of the dark page.
 _INK = "#0f0e0d"
 _INKS = {"light": "#222222", "dark": "#e4e4e4"}
 
 
 def score_plot(localizations: Sequence[Localization]) -> dict[str, str]:
+    """Plot the score of each prompt before and after its neurons are switched off, with the thresholds."""
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(width=max(4.5, min(11.0, 1.6 + 0.42 * len(localizations))), height=3.2)
@@ -67,6 +69,7 @@ def score_plot(localizations: Sequence[Localization]) -> dict[str, str]:
 
 
 def layer_plot(localizations: Sequence[Localization]) -> dict[str, str]:
+    """Plot the number of different neurons that were found in each value layer."""
     from matplotlib.ticker import MaxNLocator
 
     union = NeuronSet.union(found.neurons for found in localizations)
@@ -85,6 +88,7 @@ def layer_plot(localizations: Sequence[Localization]) -> dict[str, str]:
 
 
 def certificate_plot(found: Localization) -> dict[str, str]:
+    """Plot the remaining memorization with each neuron of one result on again; the result must have a certificate."""
     assert found.certificate is not None
     rows = sorted(found.certificate.each_on, key=lambda row: -row.score)
     named = len(rows) <= MAX_NAMED_BARS
@@ -113,14 +117,14 @@ def certificate_plot(found: Localization) -> dict[str, str]:
 
 
 def _figure(*, width: float, height: float) -> Figure:
-    # The object interface: pyplot would pick a display and keep every figure alive.
+    # pyplot is not used, because it would choose a display and hold a reference to every figure.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg_uris(figure: Figure) -> dict[str, str]:
-    """A figure as data URIs, one for a light page and one for a dark one."""
+    """Encode a figure as data URIs: "light" and "dark" -> URI."""
     import matplotlib
 
     for axes in figure.axes:
@@ -135,7 +139,7 @@ def _svg_uris(figure: Figure) -> dict[str, str]:
         for text in legend.get_texts() if legend else ():
             text.set_color(_INK)
     buffer = io.BytesIO()
-    # Text stays text, and neither a date nor random ids enter: equal results give equal files.
+    # Text is written as text, and the file has no date and no random ids, so that equal results give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemo_ext"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue().decode("utf-8")

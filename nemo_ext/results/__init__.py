@@ -1,1 +1,1 @@
-"""What a search found: the record of one prompt, and the folder that keeps the records of many."""
+"""The results of a search: the record of one prompt, and the folder that stores the records of many prompts."""

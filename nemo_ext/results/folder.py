@@ -1,12 +1,12 @@
-"""The results folder: the one place that knows its files, how a result is added, and who may write.
+"""The results folder. This is the only module that knows its files, how results are appended, and how it is locked.
 
-    results.jsonl        a line for each prompt, a JSON object (`Localization.to_dict`), in the order of the searches
+    results.jsonl        one line per prompt, a JSON object (`Localization.to_dict`), in the order of the searches
     neurons/NAME.json    the neurons of a memorized prompt
-    images/NAME/         original.png, before-SEED.png and after-SEED.png, where somebody has generated images
+    images/NAME/         original.png, before-SEED.png and after-SEED.png, if images have been generated
 
-NAME is `prompt_name`: the prompt's place in results.jsonl and a hash of its text. A result is appended in one piece as
-soon as it is there, so each costs the same, however many there are. One process writes at a time; it holds a lock on
-the folder, which ends with the process, however that ends.
+NAME is `prompt_name`: the prompt's position in results.jsonl and a hash of its text. Each result is appended with one
+write as soon as it is found, so the cost of an append does not grow with the number of results. Only one process writes
+at a time: it locks the folder, and the operating system releases the lock when the process ends for any reason.
 """
 
 from __future__ import annotations
@@ -31,20 +31,24 @@ ORIGINAL = "original.png"
 
 
 def prompt_name(index: int, prompt: str) -> str:
-    """The name of a prompt's files: its place in results.jsonl, from 0, and a hash of its text.
+    """The name of a prompt's files: its position in results.jsonl, and a hash of its text.
 
-    The text itself never becomes a path, because it may hold slashes, dots, or more characters than a name can.
+    The text itself is never part of a path, because it can contain slashes or dots, or be too long for a file name.
+
+    Args:
+        index: the position, counted from 0.
+        prompt: the text.
     """
     return f"{index:04d}-{hashlib.sha256(prompt.encode('utf-8')).hexdigest()[:8]}"
 
 
 def image_name(stage: str, seed: int) -> str:
-    """The name of an image's file: `stage` is "before" or "after" the neurons were switched off."""
+    """The name of an image's file; `stage` is "before" or "after", relative to switching the neurons off."""
     return f"{stage}-{seed}.png"
 
 
 class ResultsFolder:
-    """A folder of results, which may not exist yet.
+    """A folder of results. It does not have to exist.
 
     Args:
         path: the folder.
@@ -55,19 +59,19 @@ class ResultsFolder:
 
     @property
     def results(self) -> Path:
-        """The file of all results."""
+        """The file with all results."""
         return self.path / RESULTS
 
     def neurons_file(self, index: int, prompt: str) -> Path:
-        """The file of one prompt's neurons."""
+        """The file with one prompt's neurons."""
         return self.path / NEURONS / f"{prompt_name(index, prompt)}.json"
 
     def images_folder(self, index: int, prompt: str) -> Path:
-        """The folder of one prompt's images."""
+        """The folder with one prompt's images."""
         return self.path / IMAGES / prompt_name(index, prompt)
 
     def images(self, index: int, prompt: str, stage: str) -> dict[int, Path]:
-        """One prompt's images that exist, "before" or "after": seed -> file, in the order of the seeds."""
+        """The existing images of one prompt: seed -> file, in the order of the seeds. `stage` as for `image_name`."""
         found = {}
         for file in self.images_folder(index, prompt).glob(f"{stage}-*.png"):
             if match := re.fullmatch(rf"{stage}-(\d+)", file.stem):
@@ -75,10 +79,10 @@ class ResultsFolder:
         return dict(sorted(found.items()))
 
     def save_neurons(self, results: Sequence[Localization]) -> int:
-        """Write the neurons of each memorized prompt to a file of its own, and return how many files there are.
+        """Write each non-empty set of neurons to a file of its own, and return the number of these files.
 
         Args:
-            results: all results of the folder, in the order of results.jsonl.
+            results: all results in the folder, in the order of results.jsonl.
         """
         with_neurons = [(index, found) for index, found in enumerate(results) if len(found.neurons)]
         for index, found in with_neurons:
@@ -86,25 +90,28 @@ class ResultsFolder:
         return len(with_neurons)
 
     def read(self) -> list[Localization]:
-        """All results, in the order of the file.
+        """Read all results, in the order of the file.
 
         Raises:
-            NemoError: no such file, or a line that is not a result.
+            NemoError: results.jsonl does not exist, or a line of it is not a result.
         """
         return read_results(self.results)
 
     @contextmanager
     def writing(self, *, anew: bool = False) -> Iterator[ResultsWriter]:
-        """Lock the folder, mend what a killed process left, and give what appends to it.
+        """Lock the folder for the length of the block, and repair the last line if a killed process left it incomplete.
 
         Args:
-            anew: False: go on after the results that are there. True: the first new result replaces them.
+            anew: if False, new results are appended to the existing ones. If True, the first new result replaces them.
+
+        Yields:
+            The writer, which appends results.
 
         Raises:
-            NemoError: another process writes to the folder, or a line is not a result.
+            NemoError: another process writes to the folder, or a line of results.jsonl is not a result.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        # The folder itself is locked: a file for the lock would be left behind.
+        # The folder itself is locked, because a lock file would remain after the process.
         folder = os.open(self.path, os.O_RDONLY)
         try:
             try:
@@ -116,12 +123,12 @@ class ResultsFolder:
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF):
                     raise
-                # Some network file systems have no locks; there nothing keeps a second process out.
-            kept: list[Localization] = []
+                # Some network file systems do not support locks. There, a second process is not detected.
+            existing: list[Localization] = []
             if not anew and self.results.exists():
                 _mend_last_line(self.results)
-                kept = self.read() if self.results.stat().st_size else []
-            yield ResultsWriter(self.results, kept, anew)
+                existing = self.read() if self.results.stat().st_size else []
+            yield ResultsWriter(self.results, existing, anew)
         finally:
             os.close(folder)
 
@@ -130,8 +137,8 @@ class ResultsWriter:
     """Appends results to a folder that this process has locked.
 
     Attributes:
-        path: the file.
-        kept: the results that were there.
+        path: the file results.jsonl.
+        kept: the results that were in the folder before.
     """
 
     def __init__(self, path: Path, kept: Sequence[Localization], anew: bool) -> None:
@@ -140,7 +147,7 @@ class ResultsWriter:
         self._anew = anew
 
     def append(self, found: Localization) -> None:
-        """Add one result; when this returns, it is on the disk."""
+        """Append one result. It is on the disk when this method returns."""
         line = json.dumps(found.to_dict(), allow_nan=False) + "\n"
         with self.path.open("w" if self._anew else "a", encoding="utf-8") as file:
             file.write(line)
@@ -150,8 +157,8 @@ class ResultsWriter:
 
 
 def _mend_last_line(path: Path) -> None:
-    """A line without its end was being written when a process was killed: it is cut off, unless it is whole but for
-    that."""
+    """Repair a last line without a newline, which a killed process left: add the newline if the line is valid JSON, and
+    delete the line otherwise."""
     with path.open("rb+") as file:
         content = file.read()
         if not content or content.endswith(b"\n"):
@@ -166,17 +173,17 @@ def _mend_last_line(path: Path) -> None:
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Localization]:
-    """The results of a folder, in the order in which they were found.
+    """Read the results in a folder, in the order in which they were found.
 
     Args:
-        path: the folder, or the file in it.
+        path: the folder, or its file results.jsonl.
 
     Raises:
-        NemoError: no such file, or a line that is not a result.
+        NemoError: the file does not exist, or a line of it is not a result.
     """
     path = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise NemoError(f"{path} does not exist: wanted a folder that localize wrote its results to")
+        raise NemoError(f"{path} does not exist: give the folder that `nemo-ext localize` wrote to")
     results = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:

@@ -1,4 +1,4 @@
-"""What was found for one prompt, and the certificate that proves it: as values, and as JSON."""
+"""The result for one prompt and its certificate, with conversion to JSON and back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nemo_ext.neurons import NeuronSet
 
 @dataclass(frozen=True)
 class NeuronScore:
-    """Remaining memorization with one neuron of a set on again.
+    """The remaining memorization with one neuron of a set on again, and the other neurons of the set off.
 
     Attributes:
         layer, index: the neuron.
-        score: highest similarity over kept seeds, with all others of the set off. Where it is not below τ it is a
-            seed's that shows it, and others' may be higher.
+        score: the remaining memorization. If it is τ or more, it is the similarity of the kept seeds that were measured
+            until one of them reached τ, so the other seeds can have a higher one.
     """
 
     layer: str
@@ -28,15 +28,16 @@ class NeuronScore:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a set of neurons does and whether each of them is needed, measured anew.
+    """Whether a set of neurons is enough, and whether each of its neurons is needed (docs/method.md, section 10).
 
     Attributes:
-        threshold: the τ that it was searched for.
-        score: remaining memorization with the set off.
-        each_on: for every neuron of the set, the score with that one on again.
-        below_threshold: whether `score` is not above τ.
-        minimal: whether every neuron is needed, no `each_on` below τ (1-minimality). The guided search promises it, the
-            exhaustive one does not: a neuron kept early can become needless through later ones.
+        threshold: the τ that the search used.
+        score: the remaining memorization with the set off.
+        each_on: for every neuron of the set, the remaining memorization with that neuron on again.
+        below_threshold: whether `score` is at most τ.
+        minimal: whether every neuron is needed (1-minimality), which means that no score in `each_on` is below τ. The
+            guided search guarantees it. The exhaustive search does not, because a neuron that is needed when it is
+            tried can become superfluous later.
     """
 
     threshold: float
@@ -46,18 +47,18 @@ class Certificate:
     minimal: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """All fields as a dictionary for JSON."""
         return {**asdict(self), "each_on": [asdict(row) for row in self.each_on]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
-        """The certificate that `to_dict` wrote."""
+        """Make a certificate from a dictionary of `to_dict`."""
         return cls(**{**values, "each_on": tuple(NeuronScore(**row) for row in values["each_on"])})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a result depends on besides the prompt; the fields are those of `Localization`."""
+    """Everything that a result depends on besides the prompt. `Localization` has the same fields and describes them."""
 
     threshold: float
     search: str
@@ -70,35 +71,35 @@ class Settings:
 
 @dataclass(frozen=True)
 class Localization:
-    """What was found for one prompt, how, and the proof.
+    """The result for one prompt, with all settings and the certificate.
 
     Attributes:
         prompt: the text.
-        memorized: whether any seed's score is above τ. If not, nothing was searched: no neurons,
-            and None wherever a search would have left a number.
-        score_before: the prompt's score, its highest similarity between two seeds.
-        score_after: remaining memorization with `neurons` off, the highest similarity over kept
-            seeds to the untouched model's δ.
-        floor: remaining memorization with all searched neurons off; None where it wasn't measured: by choice of the
-            protocol, or by a guided search that found the threshold within reach.
-        threshold: τ as asked for.
-        threshold_used: τ as searched for: raised where it can't be, or wasn't, reached.
-        notes: why τ was raised, in sentences.
-        theta, top_k: θ and k of the initial selection; None in a guided search, which has none.
-        initial_neurons: the initial selection.
-        neurons: the result.
-        kept_seeds: the seeds above τ, counted from 0.
-        unet_samples: latents that the U-Net has evaluated for all of it; one that went through a part of it counts as
-            that part's share of FLOPs. The call that finds these shares, once for a `Localizer`, is not among them.
-        seconds: wall time; of runs with the same batch size the only field that differs.
-        certificate: the result, measured with each of its neurons on again.
+        memorized: whether the score of any seed is above τ. If not, nothing was searched: there are no neurons, and the
+            fields of the search are None.
+        score_before: the prompt's score, the highest similarity between the δ of two seeds (docs/method.md, section 5).
+        score_after: the remaining memorization with `neurons` off (docs/method.md, section 7).
+        floor: the remaining memorization with all searched neurons off. None if it was not measured: the protocol does
+            not ask for it, or a guided search has reached the threshold.
+        threshold: the requested τ.
+        threshold_used: the τ that the search used. It is higher than `threshold` if that could not be reached.
+        notes: sentences that explain why τ was raised; empty if it was not.
+        theta, top_k: θ and k of the initial selection; None in a guided search, which has no initial selection.
+        initial_neurons: the neurons of the initial selection; empty in a guided search.
+        neurons: the neurons that carry the image.
+        kept_seeds: the seeds whose score is above τ, counted from 0.
+        unet_samples: the number of latents that the denoiser has evaluated for this result. A run through a part of the
+            denoiser counts as that part's share of FLOPs. The calls that find these shares and the batch size, once per
+            `Localizer`, are not counted.
+        seconds: the wall time. Runs with the same batch size differ in this field alone.
+        certificate: the certificate of `neurons`.
         search: "exhaustive" or "guided".
-        protocol: how it was measured and searched.
-        seeds: S.
-        layers: the value layers searched, in network order.
+        protocol: how the prompt was measured and searched.
+        seeds: S, the number of seeds.
+        layers: the searched value layers, in network order.
         similarity_scales: M, the number of scales of the similarity.
-        model: `model_fingerprint` over the statistics' layers.
-        statistics: `ActivationStatistics.digest()`.
+        model: `model_fingerprint` over the layers of the statistics.
+        statistics: `ActivationStatistics.digest()` of the statistics.
     """
 
     prompt: str
@@ -127,16 +128,16 @@ class Localization:
 
     @property
     def silenced(self) -> bool:
-        """Whether the neurons bring the remaining memorization to τ itself, and not only to a raised one."""
+        """Whether the remaining memorization is at most the requested τ, and not only a raised one."""
         return self.score_after is not None and self.score_after <= self.threshold
 
     @property
     def settings(self) -> Settings:
-        """What the result depends on besides the prompt."""
+        """The settings that the result depends on, besides the prompt."""
         return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """All fields as a dictionary for JSON."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("initial_neurons", "neurons", "protocol"):
             values[name] = values[name].to_dict()
@@ -147,10 +148,10 @@ class Localization:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Localization:
-        """The localization that `to_dict` wrote.
+        """Make a localization from a dictionary of `to_dict`.
 
         Raises:
-            NemoError: a field is missing, unknown, or doesn't hold what it should.
+            NemoError: a field is missing or unknown, or has a wrong type.
         """
         try:
             restored = dict(values)

@@ -1,1 +1,1 @@
-"""From a memorized prompt to the neurons that carry its image: trials with neurons off, searches, certificates."""
+"""Finding the neurons that carry the image of a memorized prompt: trials with neurons off, searches, certificates."""

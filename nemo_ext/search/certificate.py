@@ -1,4 +1,4 @@
-"""The certificate: what a set of neurons does, and whether each of them is needed (docs/method.md, section 10)."""
+"""The certificate: whether a set of neurons is enough, and each neuron of it needed (docs/method.md, section 10)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from nemo_ext.search.probe import Probe
 def certify(
     neurons: NeuronSet, probe: Probe, threshold: float, *, on_trial: Callable[[], None] | None = None
 ) -> Certificate:
-    """Measure a set of neurons: with all off, and with each one on again (docs/method.md, section 10).
+    """Measure the remaining memorization with a set off, and with each neuron of it on again.
+
+    docs/method.md, section 10, defines the certificate.
 
     Args:
-        neurons: the set; an empty one is minimal and, with a score of 1, not below τ.
-        probe: tells the remaining memorization; one call for the set and one for each neuron.
+        neurons: the set. An empty set is minimal, and its score is 1.
+        probe: measures the remaining memorization. It is asked once for the set and once for each neuron.
         threshold: τ.
-        on_trial: called after every neuron.
+        on_trial: a function that is called after every neuron.
+
+    Returns:
+        The certificate. Scores of τ or more with a neuron on again can be lower bounds, see `NeuronScore`.
     """
     score = probe.remaining(neurons)
     each_on = []

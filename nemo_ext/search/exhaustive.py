@@ -1,4 +1,4 @@
-"""The paper's search: selection by θ and k, then layer by layer and neuron by neuron (docs/method.md, section 9)."""
+"""The exhaustive search, which is the paper's: initial selection and refinement (docs/method.md, sections 8 and 9)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from nemo_ext.search.selection import initial_selection
 
 
 def search_exhaustive(task: Task) -> Outcome:
-    """Select candidates, switch on again what is not needed, and certify the rest."""
+    """Select candidates, switch the ones that are not needed on again, and certify the others.
+
+    Args:
+        task: the prompt to search. If the floor is above its τ, or the initial selection does not reach τ, the search
+            continues with a raised τ and adds a note (docs/method.md, sections 7 and 8).
+    """
     probe, protocol, bars = task.probe, task.protocol, task.bars
     activations = task.activations()
     notes = []
@@ -28,8 +33,8 @@ def search_exhaustive(task: Task) -> Outcome:
         )
     if selection.threshold != threshold:
         notes.append(
-            f"the initial selection reached {selection.remaining:.3f} and not τ = {threshold:.3f}: "
-            f"refined with τ = {selection.threshold:.3f}"
+            f"with all candidates of the initial selection off the similarity is still {selection.remaining:.3f}, "
+            f"above τ = {threshold:.3f}: refined with τ = {selection.threshold:.3f}"
         )
     initial = selection.neurons
     with bars.task("refinement", len(initial.layers) + len(initial)) as advance:
@@ -56,22 +61,24 @@ def refine_exhaustive(
     *,
     on_trial: Callable[[], None] | None = None,
 ) -> Refinement:
-    """Switch candidates on again, layer by layer, then one by one, as far as τ allows (docs/method.md, section 9).
+    """Switch candidates on again, layer by layer and then one by one, as far as τ allows (docs/method.md, section 9).
 
-    Layers deepest first: a whole layer's candidates come on; if the remaining memorization stays
-    below τ they were not needed. Then, in the layers left, deepest first, the same for each
-    neuron in the order given. At most one trial for each layer and one for each candidate. This is
-    the paper's search, the reference for faster ones; deterministic.
+    For each layer, the deepest first, a trial switches all its candidates on. If the remaining memorization is then
+    below τ, they are not needed and stay on. In the other layers, the deepest first, the same is tried for each
+    candidate, in the order of `candidates`. So there is at most one trial per layer and one per candidate. The faster
+    searches are compared with this one. It is deterministic if the probe is.
 
     Args:
-        candidates: layer name -> indices, layers in network order (a `NeuronSet` is). Of an index
-            that stands twice one is switched on at a time, so that the neuron stays off once more.
-        probe: tells the remaining memorization.
-        threshold: τ; what keeps a neuron on is less than τ, not equal.
-        on_trial: called after every trial.
+        candidates: layer name -> neuron indices, with the layers in network order, as in a `NeuronSet`. If an index
+            occurs twice, the neuron is on only after both occurrences have been switched on.
+        probe: measures the remaining memorization.
+        threshold: τ. Candidates stay on only if the remaining memorization is below τ; equality is not enough.
+        on_trial: a function that is called after every trial.
 
     Returns:
-        The neurons left.
+        The neurons that stay off, with the remaining memorization.
+
+    Source: "Finding NeMo" (arXiv 2406.02366), section 3.
     """
     off = {layer: list(indices) for layer, indices in candidates.items() if indices}
 
@@ -79,7 +86,7 @@ def refine_exhaustive(
         nonlocal off
         for number, step in enumerate(steps):
             trial = _without(off, step)
-            # Most candidates turn out to be needless: the next trial will most likely start from this one.
+            # Most candidates are not needed, so this trial will probably succeed, and the next one will start from it.
             ahead = [NeuronSet(_without(trial, next_step)) for next_step in steps[number + 1 : number + 2]]
             remaining = probe.remaining(NeuronSet(trial), stop_above=just_below(threshold), ahead=ahead)
             if on_trial is not None:
@@ -94,7 +101,7 @@ def refine_exhaustive(
 
 
 def _without(off: Mapping[str, Sequence[int]], step: tuple[str, Sequence[int]]) -> dict[str, list[int]]:
-    """What stays off when some neurons of a layer are switched on: each index once for each time that it is given."""
+    """A copy of `off` without some neurons of a layer; each index in `step` removes one occurrence."""
     left = {layer: list(indices) for layer, indices in off.items()}
     layer, switched_on = step
     for index in switched_on:

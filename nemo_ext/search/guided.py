@@ -1,4 +1,4 @@
-"""The guided search: neurons ranked by a gradient, then doubling and bisection (docs/method.md, section 9)."""
+"""The guided search: a gradient ranks the neurons, then doubling and bisection (docs/method.md, section 9)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from nemo_ext.search.certificate import certify
 from nemo_ext.search.outcome import Outcome, Refinement, Task, just_below
 from nemo_ext.search.probe import Probe
 
-# If the first few neurons of an order are enough, the order is good; and how many orders are tried at most.
+# An order is good if its first `_FRONT` neurons are enough. At most `_ORDERS` orders, of one seed each, are tried.
 _FRONT = 8
 _ORDERS = 3
 
 
 def search_guided(task: Task) -> Outcome:
-    """Rank all searched neurons by their effect, find those that are needed, and certify them."""
+    """Rank all searched neurons by their effect, find the ones that are needed, and certify them.
+
+    Args:
+        task: the prompt to search. If the floor is above its τ, the search starts again with a raised τ and adds a note
+            (docs/method.md, section 7).
+    """
     probe, bars = task.probe, task.bars
     pairs = [(layer, index) for layer, width in task.widths.items() for index in range(width)]
 
@@ -53,54 +58,62 @@ def refine_guided(
     *,
     on_trial: Callable[[], None] | None = None,
 ) -> Refinement:
-    """A smallest set of neurons that is enough, from the front of an order that puts the most effective ones first.
+    """Find a 1-minimal set of neurons that is enough (docs/method.md, section 9).
 
-    The shortest prefix of the order that is enough is found by doubling and bisecting; its last neuron is needed. With
-    that one off the rest of the prefix is searched in the same way, until the neurons found are enough by themselves:
-    some k log n trials for k of n neurons. Neurons that later ones have made needless come on again. All this sees the
-    likeliest seed alone; the set is then checked on all kept seeds, and where one of them is still above τ, the search
-    is made anew with that seed as well, in the order of the effects on it. An order whose first few neurons are not
-    enough may be a seed's on which the effects say little: up to two others are asked for theirs. The set is enough, at
-    τ or below, and 1-minimal: any one neuron on again leaves τ or more.
+    A set is enough if the remaining memorization with the set off is at most τ. It is 1-minimal if switching any one of
+    its neurons on again gives τ or more.
+
+    The search goes through the neurons in the order of their effect on a seed. The shortest prefix of the order that is
+    enough is found by doubling and bisection, so its last neuron is needed. With that neuron off, the rest of the
+    prefix is searched in the same way, until the found neurons are enough by themselves. This takes about k log n
+    trials to find k of n neurons. Then found neurons that are no longer needed are switched on again.
+
+    All these trials look at the likeliest seed alone. The set is then checked on all kept seeds. If one of them is
+    still above τ, the search is repeated with that seed as well, in the order of the effects on it. If the first
+    `_FRONT` neurons of an order are not enough, the effects on that seed may be uninformative, so the orders of up to
+    two other seeds are tried.
 
     Args:
-        ranked: every neuron that may be switched off, as (layer name, index), in the order of their effect on the
-            seeds given.
-        probe: tells the remaining memorization.
+        ranked: a function that returns all neurons that may be switched off, as pairs (layer name, index), in the order
+            of their effect on some seeds, the largest first.
+        probe: measures the remaining memorization.
         threshold: τ.
-        on_trial: called after every trial.
+        on_trial: a function that is called after every trial.
 
     Returns:
-        The neurons left; all of them, with a remaining memorization above τ, where not even that is enough.
+        The set, with the remaining memorization. If all neurons together are not enough, the result is all neurons,
+        with a remaining memorization above τ.
     """
-    hardest = probe.likeliest()
-    seeds = list(hardest)
+    # All trials look at the watched seeds. The neurons are ordered by their effect on the seed that joined last.
+    newest = probe.likeliest()
+    watched = list(newest)
 
     def enough(pairs: Sequence[Neuron]) -> bool:
-        remaining = probe.remaining(NeuronSet.from_pairs(pairs), stop_above=threshold, seeds=seeds)
+        remaining = probe.remaining(NeuronSet.from_pairs(pairs), stop_above=threshold, seeds=watched)
         if on_trial is not None:
             on_trial()
         return remaining <= threshold
 
-    while enough(order := ranked(hardest)):
-        asked = list(hardest)
-        while len(asked) < _ORDERS and not enough(order[:_FRONT]) and (others := probe.likeliest(besides=asked)):
+    while enough(order := ranked(newest)):
+        tried = list(newest)
+        while len(tried) < _ORDERS and not enough(order[:_FRONT]) and (others := probe.likeliest(besides=tried)):
             order = ranked(others)
-            asked += others
-        neurons = NeuronSet.from_pairs(_without_needless(_shortest(order, enough), probe, threshold, seeds))
+            tried += others
+        neurons = NeuronSet.from_pairs(_without_needless(_shortest(order, enough), probe, threshold, watched))
         remaining = probe.remaining(neurons, stop_above=threshold)
         if remaining <= threshold:
             return Refinement(neurons, remaining)
-        hardest = probe.hardest(neurons)
-        seeds += hardest
+        newest = probe.hardest(neurons)
+        watched += newest
     everything = NeuronSet.from_pairs(order)
     return Refinement(everything, probe.remaining(everything))
 
 
 def _shortest(order: Sequence[Neuron], enough: Callable[[Sequence[Neuron]], bool]) -> list[Neuron]:
-    """A set that is enough, and whose every neuron was needed when it was taken; all of `order` is known to be."""
+    """Find a set that is enough, if all of `order` is enough. Each neuron was needed at the time when it was found."""
     found: list[Neuron] = []
     while not (found and enough(found)):
+        # Together with `found`, the first `few` neurons of the order are not enough, and the first `many` are.
         few, many, size = 0, len(order), 1
         while size < many and not enough([*found, *order[:size]]):
             few, size = size, 2 * size
@@ -119,12 +132,12 @@ def _shortest(order: Sequence[Neuron], enough: Callable[[Sequence[Neuron]], bool
 def _without_needless(
     found: Sequence[Neuron], probe: Probe, threshold: float, seeds: Collection[int]
 ) -> tuple[Neuron, ...]:
-    """Switch on again, the least effective first, whatever leaves these seeds below τ, until nothing does."""
+    """Switch neurons on again while the similarity of these seeds stays below τ, the least effective neuron first."""
     left, place = tuple(found), 0
     while place < len(left):
         trials = _each_on(left, place)
         if probe.remaining(next(trials), stop_above=just_below(threshold), seeds=seeds, ahead=trials) < threshold:
-            # What was needed before can be needless now, so all that are left are tried again.
+            # A neuron that was needed before may not be needed now, so all neurons that are left are tried again.
             left, place = left[:place] + left[place + 1 :], 0
         else:
             place += 1
@@ -132,6 +145,6 @@ def _without_needless(
 
 
 def _each_on(neurons: tuple[Neuron, ...], first: int) -> Iterator[NeuronSet]:
-    """The set without one of its neurons, for each neuron from the `first` on."""
+    """For each neuron from position `first` on, the set without that neuron."""
     for place in range(first, len(neurons)):
         yield NeuronSet.from_pairs(neurons[:place] + neurons[place + 1 :])

@@ -1,4 +1,4 @@
-"""From a prompt to the neurons that carry its image: the whole search, for one prompt or for many."""
+"""Localizing the neurons that carry a prompt's image, for one prompt or for many: score, search and certificate."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ SEARCHES: Mapping[str, Callable[[Task], Outcome]] = {"exhaustive": search_exhaus
 class Localizer:
     """Finds the neurons of one pipeline that carry memorized images (docs/method.md).
 
-    It leaves the pipeline exactly as it was, patched or not, also after an exception. Equal seeds give equal neurons in
-    every run and for any batch size.
+    After each search, and after an exception, the pipeline is exactly as it was before. Equal seeds give equal neurons
+    in every run and with any batch size.
 
     Args:
         pipe: a pipeline. Neurons that a patch has switched off are on during the search.
         statistics: μ and σ of this model's activations.
-        threshold: τ, as a number or as `memorization_threshold` returned it; then it must be of this model, protocol
-            and number of seeds.
-        search: "exhaustive", the paper's search; or "guided", which ranks all searched neurons by a gradient and
-            bisects: far less work, for a set that need not be the paper's.
+        threshold: τ, either a number from -1 to 1, or a `Threshold` that was measured on this model with the same
+            protocol and number of seeds.
+        search: "exhaustive" is the paper's search. "guided" ranks all searched neurons by a gradient and bisects; it
+            needs far fewer U-Net samples, and its set can differ from the paper's.
         protocol: how to measure and search; None: `Protocol.paper()`.
         seeds: S ≥ 2.
         batch_size: latents in one call of the denoiser; None: as many as memory allows (`fitting_batch_size`).
-        layers: which layers to search, as for `value_layers`; None: those of the statistics.
+        layers: the layers to search, as for `value_layers`; None: the layers of the statistics.
 
     Raises:
-        NemoError: the statistics or the threshold are of another model, layers have no statistics, or the search is
-            unknown.
+        NemoError: the statistics or the threshold belong to another model, the threshold was measured with other
+            settings or is not a similarity, a layer has no statistics, or the search is unknown.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Localizer:
         statistics.check(pipe)
         if isinstance(threshold, Threshold):
             threshold.check(pipe, self.protocol, seeds)
+        # The denoiser that `_observe` has seen, its entry points, and the batch size.
         self._observed: tuple[torch.nn.Module, EntryPoints | None, int] | None = None
         self.threshold = float(threshold)
         if not -1 <= self.threshold <= 1:
@@ -97,7 +98,7 @@ class Localizer:
 
     @property
     def settings(self) -> Settings:
-        """What a result depends on besides the prompt."""
+        """The settings that a result depends on, besides the prompt."""
         return Settings(
             threshold=self.threshold,
             search=self.search,
@@ -113,10 +114,14 @@ class Localizer:
 
         Args:
             prompt: the text.
-            progress: see `nemo_ext.progress`.
+            progress: as for `nemo_ext.progress.open_progress`.
+
+        Returns:
+            The result. If the prompt is not memorized, it has no neurons.
 
         Raises:
-            NemoError: activations or noise are not finite, or the latents are too small for the similarity's window.
+            NemoError: activations or noise are not finite, the latents are smaller than the similarity's window, or the
+                pipeline is not supported.
         """
         started = time.perf_counter()
         keep_freed_memory()
@@ -126,13 +131,13 @@ class Localizer:
             with bars.task("score", self.seeds) as advance:
                 score = probe.score().max
                 advance(self.seeds)
-            kept = probe.keep_above(self.threshold)
-            outcome = SEARCHES[self.search](self._task(probe, hidden, bars)) if kept else Outcome()
+            kept_seeds = probe.keep_above(self.threshold)
+            outcome = SEARCHES[self.search](self._task(probe, hidden, bars)) if kept_seeds else Outcome()
         height, width = probe.runs.latents.shape[-2:]
         settings = self.settings
         return Localization(
             prompt=prompt,
-            memorized=bool(kept),
+            memorized=bool(kept_seeds),
             score_before=score,
             score_after=outcome.score_after,
             floor=outcome.floor,
@@ -143,7 +148,7 @@ class Localizer:
             top_k=outcome.top_k,
             initial_neurons=outcome.initial_neurons,
             neurons=outcome.neurons,
-            kept_seeds=kept,
+            kept_seeds=kept_seeds,
             unet_samples=round(probe.runs.samples, 2),
             seconds=time.perf_counter() - started,
             certificate=outcome.certificate,
@@ -185,10 +190,10 @@ class Localizer:
         )
 
     def _observe(self, hidden: Tensor) -> tuple[EntryPoints | None, int]:
-        """Where the denoiser can be entered, and how many latents a call may have; found once for each denoiser."""
+        """The denoiser's entry points and the batch size; computed once per denoiser, unless it is compiled."""
         family = family_of(self.pipe)
         denoiser = family.denoiser(self.pipe)
-        family.latent_shape(self.pipe)  # refuses what is not supported before anything runs
+        family.latent_shape(self.pipe)  # raises an error for a denoiser that is not supported, before it runs
         known = self._observed
         # A denoiser can be compiled in place after it was observed.
         if known is None or known[0] is not denoiser or is_compiled(denoiser):
@@ -205,21 +210,21 @@ class Localizer:
         resume: bool = True,
         progress: ProgressLike = None,
     ) -> list[Localization]:
-        """Localize one prompt after another, keeping every result on disk as soon as it is there.
+        """Localize several prompts one after another, and write each result to disk as soon as it is found.
 
         Args:
-            prompts: texts; one that stands twice is searched once.
-            out: folder for the results, one line for each prompt, written as soon as it is found
-                (`nemo_ext.results.folder`); None: nothing is written.
-            resume: take prompts that the folder already has from there. False: it is begun anew.
-            progress: see `nemo_ext.progress`.
+            prompts: the texts. A text that occurs several times is searched once.
+            out: the folder for the results, which `nemo_ext.results.folder` describes; None: nothing is written.
+            resume: if True, results that are already in the folder are reused, and new ones are added. If False, the
+                new results replace those in the folder.
+            progress: as for `nemo_ext.progress.open_progress`.
 
         Returns:
             One result for each prompt, in the order of `prompts`.
 
         Raises:
-            NemoError: the folder's results were made with other settings, another process writes to it, or as for
-                `localize`.
+            NemoError: the results in the folder were made with other settings, another process writes to the folder,
+                a prompt is not text, or as for `localize`.
         """
         texts = check_prompts(prompts)
         known: dict[str, Localization] = {}
@@ -246,8 +251,8 @@ class Localizer:
             old, new = getattr(there, field.name), getattr(now, field.name)
             if old != new:
                 raise NemoError(
-                    f"{path} has results with another {field.name}: {old}, now {new}; choose another "
-                    "folder, or resume=False to begin anew"
+                    f"{path} has results with another {field.name}: {old}, now {new}; choose another folder, or "
+                    "replace the results with resume=False"
                 )
 
 
@@ -264,13 +269,20 @@ def localize(
     layers: str | Sequence[str] | None = None,
     progress: ProgressLike = None,
 ) -> Localization:
-    """Find the neurons of a pipeline that carry one prompt's image, if it is memorized.
+    """Find the neurons of a pipeline that carry one prompt's image, if it is memorized (docs/method.md).
 
-    For several prompts make one `Localizer`, whose arguments these are, and use it again.
+    For several prompts, a `Localizer` is faster than several calls of this function.
 
     Args:
+        pipe, statistics, threshold, search, protocol, seeds, batch_size, layers: as for `Localizer`.
         prompt: the text.
-        progress: see `nemo_ext.progress`.
+        progress: as for `nemo_ext.progress.open_progress`.
+
+    Returns:
+        The result. If the prompt is not memorized, it has no neurons.
+
+    Raises:
+        NemoError: as for `Localizer` and `Localizer.localize`.
     """
     localizer = Localizer(
         pipe,

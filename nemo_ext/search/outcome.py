@@ -1,4 +1,4 @@
-"""What the searches share: the task they are given, and the outcome that they return."""
+"""The interface of the searches: each of them is a function that takes a `Task` and returns an `Outcome`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Task:
         widths: layer name -> N of the searched layers, in network order.
         threshold: τ.
         protocol: how to search.
-        bars: where progress is shown.
+        bars: the progress bars.
     """
 
     probe: NoiseProbe
@@ -44,7 +44,7 @@ class Task:
         return NeuronSet({layer: range(width) for layer, width in self.widths.items()})
 
     def floor_note(self, floor: float, threshold: float) -> str:
-        """The note that says why τ was raised to `threshold`: the floor is above it."""
+        """The note that explains why τ was raised to `threshold`: the floor is above the requested τ."""
         return (
             f"with all {len(self.all_neurons)} searched neurons off the similarity is still {floor:.3f}, "
             f"above τ = {self.threshold:.3f}: searched with τ = {threshold:.3f}"
@@ -53,11 +53,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Refinement:
-    """What is left of the candidates.
+    """The result of a refinement.
 
     Attributes:
-        neurons: the neurons that have to be off.
-        remaining: remaining memorization with them off.
+        neurons: the candidates that stay off.
+        remaining: the remaining memorization with these neurons off.
     """
 
     neurons: NeuronSet
@@ -66,7 +66,7 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found; the fields are those of `Localization`, where they are described."""
+    """The result of a search. `Localization` has the same fields and describes them."""
 
     score_after: float | None = None
     threshold_used: float | None = None
@@ -80,5 +80,5 @@ class Outcome:
 
 
 def just_below(threshold: float) -> float:
-    """The `stop_above` for trials that have to stay below τ: a number exceeds it exactly if it is τ or more."""
+    """The largest float below τ. With it as `stop_above`, a trial may stop early only if its result is τ or more."""
     return math.nextafter(threshold, -math.inf)

@@ -1,8 +1,8 @@
 """Running a denoiser from one of its value layers on, with cached outputs before it (docs/method.md, section 9).
 
 While a search changes the neurons of one layer, all modules before that layer would compute the same outputs in each
-run. Here they return the outputs of an earlier run, and only the rest of the denoiser runs. The result is exact,
-because the denoiser's own forward runs.
+run. Here they return the cached outputs of an earlier run, and only the rest of the denoiser is computed. The result is
+exact, because the denoiser's own forward method runs.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from nemo_ext.models.state import is_compiled
 
 #: The output of a module: a tensor, or tensors in nested tuples. The first axis of each is the batch.
 Output = Any
-#: In the place of an entry point's number: the whole denoiser runs, and nothing comes from an earlier run.
+#: Used instead of an entry point's index: the whole denoiser runs, without cached outputs.
 FULL_RUN = -1
-#: One row of a batch after a run: module name -> its part of that module's output.
+#: The module outputs of one row of a batch: module name -> the output, with a batch axis of length 1.
 Row = Mapping[str, Output]
 
 
 class EntryPoints:
     """The places where one denoiser can be entered: just before each of its searched value layers.
 
-    A call of the denoiser within `entering` runs its own forward, in which every module that finished before the entry
-    point returns its output of an earlier run. So the result has the bits of a full run. This works for any denoiser
-    that calls each value layer exactly once, in a fixed order, with any attention processor.
+    A call of the denoiser within `entering` runs its own forward method, in which every module that finished before the
+    entry point returns its cached output of an earlier run. So the result is bit-identical to that of a full run. This
+    works with any denoiser that calls each value layer exactly once, in a fixed order, and with any attention
+    processor.
 
     Attributes:
         layers: the value layers, in the order in which the denoiser calls them.
-        shares: for each of them, the share of a full run's FLOPs that a run from there on takes. Matrix products,
+        shares: for each of these layers, the FLOPs of a run from there on, as a share of a full run's. Matrix products,
             convolutions and attention are counted.
-        row_bytes: the most memory that a `Row` holds.
+        row_bytes: the largest size of a `Row`, in bytes.
     """
 
     def __init__(self, denoiser: nn.Module, calls: Sequence[_Call], layers: Sequence[str], flops: int) -> None:
@@ -54,17 +55,17 @@ class EntryPoints:
 
     @classmethod
     def of(cls, denoiser: nn.Module, layers: Sequence[str], evaluate: Callable[[int], object]) -> EntryPoints | None:
-        """Observe one call of a denoiser, with two rows, and find where it can be entered.
+        """Find where a denoiser can be entered, by observing one call with a batch of two rows.
 
         Args:
             denoiser: the denoiser, in evaluation mode.
-            layers: names of its value layers.
-            evaluate: calls the denoiser with a number of rows, without gradients.
+            layers: the names of its value layers that are searched.
+            evaluate: a function that calls the denoiser with a given number of rows, without gradients.
 
         Returns:
-            None if the denoiser cannot be entered: it is compiled, and would be compiled anew for every replaced
-            module; a value layer is not called exactly once; or a module's output is changed in place later, so that
-            the cached output would no longer be what the module returned.
+            The entry points, or None if the denoiser cannot be entered. There are three reasons for that: it is
+            compiled, and replaced modules would recompile it; a value layer is not called exactly once; or a module's
+            output is changed in place later, so that a cached output would differ from what the module returned.
         """
         if is_compiled(denoiser):
             return None
@@ -76,7 +77,7 @@ class EntryPoints:
         for name, module in denoiser.named_modules():
             if name and name.rpartition(".")[0] in around:
                 watched[name] = module
-                if isinstance(module, nn.ModuleList):  # a list is never called, so its members are watched
+                if isinstance(module, nn.ModuleList):  # a list itself is never called, so its members are watched
                     around.add(name)
         calls: list[_Call] = []
         counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
@@ -105,15 +106,15 @@ class EntryPoints:
 
     @contextmanager
     def entering(self, start: int, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """For one call of the denoiser: run it from an entry point on, and record the outputs of its modules.
+        """Run one call of the denoiser in the block from an entry point on, and record the outputs of its modules.
 
         Args:
-            start: which of `layers` to enter before; `FULL_RUN`: run all of it.
-            rows: for each row of the batch, what an earlier run with the same latent, timestep, text and neurons before
-                the entry point recorded; for a full run an empty mapping each.
+            start: the index in `layers` of the layer to enter before; `FULL_RUN`: the whole denoiser runs.
+            rows: for each row of the batch, the row that an earlier run recorded. That run must have had the same
+                latent, timestep, text and neurons before the entry point. For a full run each row is an empty mapping.
 
         Yields:
-            A list that holds, after the block, such a row for each row of this batch.
+            A list. After the block it has the recorded row of each row of the batch.
         """
         cached: dict[str, Output] = {}
         if start != FULL_RUN:
@@ -140,7 +141,15 @@ class EntryPoints:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: the times at which it was entered and left, its FLOPs and its output."""
+    """One call of a module.
+
+    Attributes:
+        name: the module's name.
+        entered, left: when the call began and ended, counted in calls that began or ended before.
+        flops: its FLOPs.
+        output: its output.
+        versions: the version counters of the output's tensors when the call ended.
+    """
 
     name: str
     entered: int
@@ -150,7 +159,7 @@ class _Call:
     versions: tuple[int, ...]
 
     def can_be_replayed(self) -> bool:
-        """Whether skipping the call saves work, and all of its output has the two rows of the batch."""
+        """Whether skipping the call saves FLOPs, and every tensor of its output has the two rows of the batch."""
         tensors = _tensors(self.output)
         return (
             self.flops > 0
@@ -164,7 +173,7 @@ class _Call:
 
 
 def _outermost(calls: Iterable[_Call]) -> list[_Call]:
-    """Of modules that contain each other, the outermost one."""
+    """The calls of modules that are not inside another module of `calls`."""
     found: list[_Call] = []
     for call in sorted(calls, key=lambda call: len(call.name)):
         if not any(call.name.startswith(f"{other.name}.") for other in found):
@@ -173,7 +182,7 @@ def _outermost(calls: Iterable[_Call]) -> list[_Call]:
 
 
 def _tensors(output: Output) -> list[Tensor] | None:
-    """The tensors of an output; None if it holds anything else."""
+    """The tensors of an output; None if the output contains anything else."""
     if isinstance(output, Tensor):
         return [output]
     if type(output) is not tuple:
@@ -204,7 +213,7 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * prod(query) * key[-2] + 2 * prod(query[:-1]) * key[-2] * value[-1]
 
 
-# The operators that PyTorch's counter has no formula for.
+# FLOPs of the operators that PyTorch's counter does not know.
 _FLOPS = {
     torch.ops.nemo_ext.value_projection: _projection_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,

@@ -1,4 +1,4 @@
-"""The probe: what the searches ask about one prompt, namely the remaining memorization of a set of neurons."""
+"""The probe: it measures the remaining memorization of one prompt with a set of neurons off, for the searches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_ext.search.seed_order import SeedOrder
 
 
 class Probe(ABC):
-    """The questions of the searches. Any function of a set of neurons can answer them, which the tests make use of."""
+    """The interface between the searches and a prompt. Tests implement it with a plain function of a set of neurons."""
 
     @abstractmethod
     def remaining(
@@ -31,33 +31,46 @@ class Probe(ABC):
         """The remaining memorization with these neurons off, and no others (docs/method.md, section 7).
 
         Args:
-            neurons: the neurons to switch off.
+            neurons: the neurons that are off.
             stop_above: if the result exceeds `stop_above`, any lower bound that also exceeds it may be returned early.
-            seeds: kept seeds to look at; None: all kept seeds.
-            ahead: sets that will probably be asked for next, the likeliest first. They are a hint and change no result.
+            seeds: the kept seeds that are compared; None: all kept seeds.
+            ahead: sets that will probably be measured next, the likeliest first. They are a hint and change no result.
+
+        Returns:
+            A similarity, at most 1.
         """
 
     @abstractmethod
     def likeliest(self, besides: Collection[int] = ()) -> tuple[int, ...]:
-        """The seed to try a set on first, besides those given; all seeds if one seed alone decides nothing."""
+        """The seed that will most likely show that a set is not enough, as a tuple of one seed.
+
+        If the similarity of a seed depends on the other seeds (`Protocol.data_range` is None), it is a tuple of all
+        seeds.
+
+        Args:
+            besides: seeds that are left out.
+
+        Returns:
+            The seeds; an empty tuple if all seeds are left out.
+        """
 
     @abstractmethod
     def hardest(self, neurons: NeuronSet) -> tuple[int, ...]:
-        """The seed with the highest similarity that is known of a set; all seeds if one seed alone decides nothing."""
+        """The seed with the highest known similarity of a set, as a tuple of one or all seeds as for `likeliest`."""
 
 
 class NoiseProbe(Probe):
-    """One prompt on one pipeline: its score, and the remaining memorization of sets of neurons.
+    """Measures a prompt on a pipeline: its score, and the remaining memorization with sets of neurons off.
 
-    Equal seeds give equal numbers with any batch size, but for rounding. A larger batch has room for more trials ahead
-    of their turn, some of which turn out to be useless.
+    Equal seeds give equal results with any batch size, up to rounding. A larger batch has room for more trials ahead of
+    their turn, and some of these are never needed.
 
     Args:
         runs: the runs of the prompt.
 
     Attributes:
-        runs: the same.
-        answers: what is known so far.
+        runs: the runs of the prompt.
+        answers: the similarities that are known so far.
         kept_seeds: the seeds that `remaining` compares, counted from 0; at first all of them.
     """
 
@@ -72,7 +85,7 @@ class NoiseProbe(Probe):
         return pairwise_score(self.runs.untouched(), self.runs.protocol)
 
     def keep_above(self, threshold: float) -> tuple[int, ...]:
-        """From now on compare only the seeds whose score is above the threshold, and return them."""
+        """Keep only the seeds whose score is above the threshold (docs/method.md, section 5), and return them."""
         per_seed = self.score().per_seed
         self.kept_seeds = tuple(s for s, score in enumerate(per_seed) if score > threshold)
         self._order = SeedOrder(sorted(self.kept_seeds, key=lambda s: -per_seed[s]))
@@ -95,16 +108,17 @@ class NoiseProbe(Probe):
         seeds: Collection[int] | None = None,
         ahead: Iterable[NeuronSet] = (),
     ) -> float:
-        """As `Probe.remaining`; an empty set has 1, without a run.
+        """Do what `Probe.remaining` describes. For an empty set the result is 1, without a run.
 
-        With `stop_above` the likeliest seed runs first, and the others only if it is not above. All of them run in one
-        call if an inferred data range makes a seed's similarity depend on the others, or if the denoiser is compiled.
+        With `stop_above`, the likeliest seed runs first, and the other seeds run only if its similarity is not above
+        `stop_above`. All seeds run together if an inferred data range makes a seed's similarity depend on the other
+        seeds, or if the denoiser is compiled.
 
         Raises:
-            NemoError: no seed is kept, or the noise is not finite.
+            NemoError: no seed is kept, which means that the prompt is not memorized; or the noise is not finite.
         """
         if not self.kept_seeds:
-            raise NemoError("no seed is kept: the prompt isn't memorized, nothing can remain")
+            raise NemoError("no seed is kept, because the prompt is not memorized: there is no remaining memorization")
         if len(neurons) == 0:
             return 1.0
         limit = math.inf if stop_above is None else stop_above
@@ -115,7 +129,7 @@ class NoiseProbe(Probe):
         # Phase 1: do cached results already reject this set?
         if self._highest(neurons, order) > limit:
             return self._highest(neurons, order)
-        # Phase 2: does the likeliest seed reject it? Not asked if a seed is known already, and so doesn't reject it.
+        # Phase 2: does the likeliest seed reject it? This is skipped if the similarity of any seed is known already.
         known = self.answers.of(neurons)
         one_at_a_time = stop_above is not None and not (self._all_at_once or any(seed in known for seed in order))
         if one_at_a_time:
@@ -123,7 +137,7 @@ class NoiseProbe(Probe):
             if self._highest(neurons, order) > limit:
                 self._order.failed(order[0])
                 return self._highest(neurons, order)
-        # Phase 3: all seeds.
+        # Phase 3: run all seeds.
         new = any(seed not in self.answers.of(neurons) for seed in order)
         self.answers.find(trials, later, limit)
         highest = self._highest(neurons, order)
@@ -134,22 +148,23 @@ class NoiseProbe(Probe):
     def effects(self, layers: Sequence[str], seeds: Collection[int]) -> dict[str, Tensor]:
         """How much each neuron contributes to the remaining memorization, to first order.
 
-        This is the sum of the seeds' slopes with all neurons of the layers at ½ (`Runs.slopes`). At 1 a similarity has
-        its maximum and no slope, and at 0 nothing may be left that could change.
+        This is the sum of the seeds' slopes with the scale of all neurons of the layers at ½ (`Runs.slopes`). At a
+        scale of 1 a similarity has its maximum, so its slope is 0; at 0 hardly any memorization may be left.
 
         Args:
             layers: names of value layers.
-            seeds: some of the seeds.
+            seeds: the seeds.
 
         Returns:
-            Layer name -> [N] float32; the larger, the more is gained by switching the neuron off.
+            Layer name -> [N] float32 on the CPU. The larger the effect, the more switching the neuron off lowers the
+            remaining memorization.
         """
         slopes = [self.runs.slopes(seed, layers) for seed in seeds]
         return {layer: sum((slope[layer] for slope in slopes[1:]), slopes[0][layer]) for layer in layers}
 
     @property
     def _one_seed_decides_nothing(self) -> bool:
-        """With an inferred data range a seed's similarity depends on which seeds are compared together."""
+        """Whether a seed's similarity depends on the other seeds of the call, as with an inferred data range."""
         return self.runs.protocol.data_range is None
 
     @property
@@ -161,7 +176,7 @@ class NoiseProbe(Probe):
         return max((known[seed] for seed in order if seed in known), default=-math.inf)
 
     def _learn(self, neurons: NeuronSet, order: Sequence[int], limit: float, of_all_seeds: bool) -> None:
-        """Tell the order of seeds what an evaluation of all seeds in `order` has shown."""
+        """Update the order of the seeds after a measurement of all seeds in `order`."""
         known = self.answers.of(neurons)
         highest = max(order, key=lambda seed: known[seed])
         if known[highest] > limit:
@@ -170,7 +185,7 @@ class NoiseProbe(Probe):
             self._order.passed(known)
 
     def _trials_ahead(self, seed: int, neurons: NeuronSet, ahead: Iterable[NeuronSet]) -> list[Trial]:
-        """The likeliest seed with the sets that will be asked for next, no more than a batch has room for."""
+        """Trials of one seed with the sets in `ahead`, at most as many as fit into a batch."""
         if self._all_at_once:
             return []
         sets = dict.fromkeys(islice(ahead, self.runs.batch_size))

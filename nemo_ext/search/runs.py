@@ -1,4 +1,4 @@
-"""Runs of the denoiser: which trials share a call, where each call enters the denoiser, and what it all costs."""
+"""Runs of the denoiser: which trials share a call, where each call enters the denoiser, and how samples are counted."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from nemo_ext.patching.rows import neurons_off_by_row, scaled_rows
 from nemo_ext.search.cached_rows import CachedRows
 from nemo_ext.search.partial_unet import FULL_RUN, EntryPoints, Row
 
-#: The most memory for cached rows, in bytes: some 40 latents of Stable Diffusion 1 in float32.
+#: The largest total size of all cached rows, in bytes. About 40 rows of Stable Diffusion 1 in float32 fit in.
 CACHE_BYTES = 4 << 30
-#: The largest share of the memory that is free when a search begins.
+#: The largest total size of all cached rows, as a share of the memory that is free when a search begins.
 CACHE_SHARE = 0.25
 
 
 class Trial(NamedTuple):
-    """One seed with some neurons off."""
+    """One seed with a set of neurons off."""
 
     seed: int
     neurons: NeuronSet
 
 
 class Run(NamedTuple):
-    """What a run of the denoiser gave for one trial.
+    """The result of a run of the denoiser for one trial.
 
     Attributes:
         trial: the trial.
-        difference: its δ, [1, C, H, W].
-        row: the outputs of modules, for entering the denoiser later.
+        difference: its δ, [1, C, H, W] float32.
+        row: the module outputs with which a later run can enter the denoiser.
     """
 
     trial: Trial
@@ -49,23 +49,23 @@ class Run(NamedTuple):
 
 
 class Runs:
-    """All runs of the denoiser for one prompt, in batches, and their count.
+    """Runs the denoiser for one prompt, in batches, and counts the samples.
 
     Args:
         pipe: a pipeline.
-        handle: its patch, with no neuron off. Every method leaves it so.
+        handle: the handle of its patch, with no neuron off. After every method no neuron is off.
         hidden: the prompt's text embedding, [1, T, K].
         seeds: S ≥ 2.
         protocol: how to measure.
         batch_size: latents in one call of the denoiser, at most `seeds`. None: as many as memory allows
-            (`fitting_batch_size`). A compiled denoiser always gets calls of this size; they are filled up with latents
-            whose noise is thrown away.
-        entry_points: where the denoiser can be entered; None: every run is a full run.
+            (`fitting_batch_size`). A compiled denoiser always gets calls of this size; they are padded with latents
+            whose noise is discarded.
+        entry_points: the places where the denoiser can be entered; None: every run is a full run.
 
     Attributes:
         latents: x_T of every seed, [S, C, H, W].
-        samples: latents that the denoiser has evaluated so far. A run through a part of it counts as that part's share
-            of FLOPs.
+        samples: the number of latents that the denoiser has evaluated so far. A run through a part of the denoiser
+            counts as that part's share of FLOPs.
         compiled: whether the denoiser is compiled.
 
     Raises:
@@ -97,7 +97,7 @@ class Runs:
         self._cache = CachedRows(entry_points, seeds, memory)
 
     def untouched(self) -> Tensor:
-        """δ of every seed while no neuron is off, [S, C, H, W]; computed at the first use."""
+        """δ of every seed with no neuron off, [S, C, H, W] float32. It is computed by the first call."""
         if self._untouched is None:
             differences = []
             for seeds in torch.arange(len(self.latents)).split(self.batch_size):
@@ -109,19 +109,19 @@ class Runs:
         return self._untouched
 
     def of(self, wanted: Sequence[Trial], ahead: Sequence[Trial] = ()) -> list[Run]:
-        """Run some trials, each from the latest entry point that is possible.
+        """Run trials, each from the latest possible entry point.
 
         Args:
             wanted: the trials.
-            ahead: further trials. Those run along that enter the denoiser where some of `wanted` do, as far as their
-                batch has room.
+            ahead: further trials. Such a trial runs if it enters the denoiser where a trial of `wanted` does, and if
+                the batch has room for it.
 
         Returns:
-            One run for each trial that ran, those of one entry point together.
+            One run for each trial that ran, grouped by entry point.
         """
         entries = {trial: self._cache.entry(*trial) for trial in (*wanted, *ahead)}
         runs: list[Run] = []
-        # In the order in which `wanted` names them, so that every process makes the same calls.
+        # A dict keeps the order of `wanted`, so that every process makes the same calls.
         for start in dict.fromkeys(entries[trial][0] for trial in wanted):
             trials = [trial for trial in wanted if entries[trial][0] == start]
             also = [trial for trial in ahead if entries[trial][0] == start]
@@ -133,13 +133,13 @@ class Runs:
         return runs
 
     def keep(self, run: Run) -> None:
-        """Cache what a run recorded; later trials that differ from it only further down can enter there."""
+        """Cache the module outputs of a run. A later trial can enter the denoiser where it first differs from it."""
         self._cache.keep(*run.trial, run.row)
 
     def slopes(self, seed: int, layers: Sequence[str]) -> dict[str, Tensor]:
         """The derivative of a seed's similarity to its untouched δ with respect to each neuron's scale, at s = ½.
 
-        One latent goes forward, and backward, which counts as two more.
+        The forward pass counts as one sample, and the backward pass as two.
 
         Args:
             seed: the seed.
@@ -155,7 +155,7 @@ class Runs:
         }
         untouched = self.untouched()[[seed]]
         start, row = self._cache.entry_before(seed, layers)
-        # For a compiled denoiser a backward pass would be another compilation.
+        # A backward pass through a compiled denoiser would compile it again.
         with torch.compiler.set_stance("force_eager"):
             with scaled_rows(self._handle, scales), self._cache.entering(start, [row]):
                 difference = noise_differences(
@@ -167,7 +167,7 @@ class Runs:
         return {layer: gradient[0].cpu() for layer, gradient in zip(scales, gradients, strict=True)}
 
     def _call(self, trials: Sequence[Trial], start: int, entering: Sequence[Row]) -> list[Run]:
-        """One call of the denoiser, with the neurons that are off now, from an entry point on."""
+        """Call the denoiser once from an entry point on. The neurons that are off now stay off."""
         rows = self.batch_size if self.compiled else len(trials)
         seeds = [trial.seed for trial in trials]
         with self._cache.entering(start, entering) as recorded:

@@ -6,26 +6,26 @@ from collections.abc import Collection, Mapping
 
 
 class SeedOrder:
-    """Seeds, the one that is most likely to be above the limit first.
+    """An order of seeds that begins with the seed that is most likely to be above the limit.
 
-    It learns from evaluations alone: the searches tell it every new result, and asking for the order changes nothing.
+    Only new results change the order; reading it does not.
 
     Args:
-        seeds: the seeds, the likeliest first.
+        seeds: the seeds in their initial order.
     """
 
     def __init__(self, seeds: Collection[int]) -> None:
         self._seeds = list(seeds)
 
     def among(self, seeds: Collection[int] | None = None) -> tuple[int, ...]:
-        """The seeds in order; of all, or of some."""
+        """All seeds in this order, or those that are in `seeds`."""
         return tuple(seed for seed in self._seeds if seeds is None or seed in seeds)
 
     def failed(self, seed: int) -> None:
-        """A seed was above the limit: it is tried first from now on."""
+        """Move a seed that was above the limit to the front."""
         self._seeds.remove(seed)
         self._seeds.insert(0, seed)
 
     def passed(self, similarity: Mapping[int, float]) -> None:
-        """All seeds were below the limit: from now on the one that came closest is tried first."""
+        """Sort the seeds by their similarities, the highest first, after all of them were at or below the limit."""
         self._seeds.sort(key=lambda seed: -similarity[seed])

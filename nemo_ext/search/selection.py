@@ -1,4 +1,4 @@
-"""Initial selection: the neurons that a prompt drives unusually hard (docs/method.md, section 8)."""
+"""The initial selection: neurons with an unusually high activation on a prompt (docs/method.md, section 8)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from nemo_ext.search.probe import Probe
 
 @dataclass(frozen=True)
 class Selection:
-    """The candidates that refinement starts from.
+    """The candidates that the refinement starts from.
 
     Attributes:
-        candidates: layer name -> neuron indices in the order in which refinement visits them; with
-            `Protocol.keeps_duplicates` an index can stand twice.
-        theta, top_k: the θ and k that they were selected with.
-        remaining: remaining memorization with all of them off.
-        threshold: τ for the refinement: the one asked for, or a raised one if that wasn't reached.
+        candidates: layer name -> neuron indices, in the order in which the refinement tries them. With
+            `Protocol.keeps_duplicates` an index can occur twice.
+        theta, top_k: the θ and k of the selection.
+        remaining: the remaining memorization with all candidates off.
+        threshold: τ for the refinement. It is the requested τ, or a raised one if that was not reached.
     """
 
     candidates: Mapping[str, tuple[int, ...]]
@@ -33,7 +33,7 @@ class Selection:
 
     @property
     def neurons(self) -> NeuronSet:
-        """The candidates as a set."""
+        """The candidates as a set, without duplicates."""
         return NeuronSet(self.candidates)
 
 
@@ -45,19 +45,19 @@ def candidates(
     top_k: int,
     keeps_duplicates: bool = False,
 ) -> dict[str, tuple[int, ...]]:
-    """Neurons of each layer with |a − μ| / σ > θ, and the k with the largest a.
+    """Select the neurons of each layer with |a − μ| / σ > θ, and the k with the largest a (docs/method.md, section 8).
 
     Args:
         activation: layer name -> a, [N].
         z_scores: layer name -> |a − μ| / σ, [N].
         theta: θ.
-        top_k: k; a layer with fewer neurons gives all.
-        keeps_duplicates: False: indices are sorted and unique. True: those above θ in ascending
-            order, then the k largest in descending order of a, as in the published code.
+        top_k: k. In a layer with fewer neurons all are selected.
+        keeps_duplicates: if False, the indices are sorted and unique. If True, they are as in the published code: first
+            the neurons above θ in ascending order, then the k with the largest a in descending order of a.
 
     Returns:
-        Layer name -> indices, layers in the order of `activation`. Of equal activations the lower
-        index counts as larger.
+        Layer name -> neuron indices, with the layers in the order of `activation`. If activations are equal, the neuron
+        with the lower index is selected first. Deterministic.
     """
     chosen = {}
     for layer, values in activation.items():
@@ -76,22 +76,28 @@ def initial_selection(
     protocol: Protocol,
     on_trial: Callable[[], None] | None = None,
 ) -> Selection:
-    """Lower θ and raise k until switching the candidates off leaves at most τ (docs/method.md, section 8).
+    """Lower θ and raise k until the remaining memorization is at most τ (docs/method.md, section 8).
 
-    Starts at `first_theta` and `first_top_k`. While the remaining memorization is above τ: θ is
-    lowered by `theta_step`, not below `last_theta`, and k raised by 1. If θ reaches `last_theta` or
-    k the widest layer first, τ is raised to what was reached, plus `raise_margin`.
+    The selection starts with θ = `first_theta` and k = `first_top_k`. While the remaining memorization with all
+    candidates off is above τ, θ is lowered by `theta_step`, but not below `last_theta`, and k is raised by 1. If θ
+    reaches `last_theta`, or k reaches the width of the widest layer, τ is raised to the remaining memorization plus
+    `raise_margin`.
 
     Args:
         activation: layer name -> the prompt's a, [N] float32, for the layers to search.
         statistics: μ and σ over ordinary prompts.
-        probe: tells the remaining memorization.
+        probe: measures the remaining memorization.
         threshold: τ.
-        protocol: the numbers above, `tries_last_theta` and `keeps_duplicates`.
-        on_trial: called after every trial.
+        protocol: the constants above, `tries_last_theta` and `keeps_duplicates` are read.
+        on_trial: a function that is called after every trial.
+
+    Returns:
+        The candidates, and the τ for their refinement.
 
     Raises:
-        NemoError: a layer that the statistics don't have, or no layer.
+        NemoError: `activation` has no layer, or a layer that the statistics do not have.
+
+    Source: "Finding NeMo" (arXiv 2406.02366), section 3.
     """
     if not activation:
         raise NemoError("no layer to select neurons from")
@@ -101,10 +107,10 @@ def initial_selection(
     while True:
         chosen = candidates(activation, z_scores, theta=theta, top_k=top_k, keeps_duplicates=protocol.keeps_duplicates)
         next_theta, next_top_k = max(theta - protocol.theta_step, protocol.last_theta), top_k + 1
-        # The published code looks at the next step, and so it never tries the last one.
+        # The published code checks the limits after the step, so it never tries the last θ.
         at_theta, at_top_k = (theta, top_k) if protocol.tries_last_theta else (next_theta, next_top_k)
         last = at_theta <= protocol.last_theta or at_top_k >= widest
-        # The last step needs the exact number, because it may become the threshold.
+        # The last trial needs the exact remaining memorization, because it may become τ.
         remaining = probe.remaining(NeuronSet(chosen), stop_above=None if last else threshold)
         if on_trial is not None:
             on_trial()
