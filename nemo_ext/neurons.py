@@ -181,12 +181,14 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
         Raises:
             NemoError: `path` has another ending, or the file does not contain a set of neurons.
         """
+        ending = _ending(path)
         try:
-            if _ending(path) == ".json":
+            if ending == ".json":
                 return cls.from_dict(json.loads(Path(path).read_text()))
             tensors = safetensors.torch.load_file(path)
             return cls({layer: indices.tolist() for layer, indices in tensors.items()})
-        except (json.JSONDecodeError, safetensors.SafetensorError, TypeError) as error:
+        except (ValueError, safetensors.SafetensorError, TypeError) as error:
+            # Broken JSON, text that is not UTF-8 and a NemoError about the content are ValueErrors.
             raise NemoError(f"{path} does not hold a set of neurons: {error}") from error
 
 

@@ -96,9 +96,17 @@ class TestFiles:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
-        ("name", "content"), [("a.json", "[1]"), ("a.json", "{"), ("a.json", '{"a": 1}'), ("a.safetensors", "x")]
+        ("name", "content"),
+        [
+            ("a.json", b"[1]"),
+            ("a.json", b"{"),
+            ("a.json", b'{"a": 1}'),
+            ("a.json", b'{"a": [-1]}'),
+            ("a.json", b"\xff"),
+            ("a.safetensors", b"x"),
+        ],
     )
-    def test_other_contents_are_refused(self, tmp_path: Path, name: str, content: str) -> None:
-        (tmp_path / name).write_text(content)
-        with pytest.raises(NemoError):
+    def test_other_contents_are_refused_with_the_files_name(self, tmp_path: Path, name: str, content: bytes) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(NemoError, match=f"{name} does not hold a set of neurons"):
             NeuronSet.load(tmp_path / name)

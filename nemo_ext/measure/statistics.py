@@ -218,10 +218,7 @@ class ActivationStatistics:
             with safetensors.safe_open(path, framework="pt") as file:
                 description = json.loads((file.metadata() or {}).get("nemo_ext", "{}"))
                 if description.get("format") != _FORMAT:
-                    raise NemoError(
-                        f"{path} does not hold activation statistics: wanted format {_FORMAT}, "
-                        f"got {description.get('format')}"
-                    )
+                    raise NemoError(f"wanted format {_FORMAT}, got {description.get('format')}")
                 statistics = cls(
                     dict(description["layers"]),
                     fingerprint=description["fingerprint"],
@@ -231,7 +228,7 @@ class ActivationStatistics:
                 statistics._mean = file.get_tensor("mean")
                 statistics._m2 = file.get_tensor("m2")
                 statistics._received = int(statistics._count)
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise NemoError(f"{path} does not hold activation statistics: {error}") from error
         return statistics
 

@@ -331,6 +331,15 @@ class TestFiles:
         with pytest.raises(NemoError, match="b does not hold activation statistics: wanted format"):
             ActivationStatistics.load(tmp_path / "b")
 
+    @pytest.mark.parametrize(
+        "description",
+        ["{", "[]", '{"format": "nemo_ext.statistics.1"}', '{"format": "nemo_ext.statistics.1", "layers": 1}'],
+    )
+    def test_damaged_descriptions_are_refused(self, tmp_path: Path, description: str) -> None:
+        safetensors.torch.save_file({"mean": torch.zeros(1)}, tmp_path / "a", {"nemo_ext": description})
+        with pytest.raises(NemoError, match="a does not hold activation statistics"):
+            ActivationStatistics.load(tmp_path / "a")
+
 
 class TestCheck:
     def test_accepts_the_model_they_come_from(
