@@ -23,7 +23,7 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.results.record import Localization
 from nemo_ext.search.localizer import Localizer
 
-SEARCHES = ("exhaustive", "guided")
+SEARCHES = ("exhaustive", "grouped", "guided")
 #: How much a similarity may differ between two batches by rounding.
 ROUNDING = 1e-4
 

@@ -36,7 +36,7 @@ class Certificate:
         each_on: for every neuron of the set, the remaining memorization with that neuron on again.
         below_threshold: whether `score` is at most τ.
         minimal: whether every neuron is needed (1-minimality), which means that no score in `each_on` is below τ. The
-            guided search guarantees it. The exhaustive search does not, because a neuron that is needed when it is
+            guided search guarantees it. The others do not, because a neuron that is needed when it is
             tried can become superfluous later.
     """
 
@@ -93,7 +93,7 @@ class Localization:
             `Localizer`, are not counted.
         seconds: the wall time. Runs with the same batch size differ in this field alone.
         certificate: the certificate of `neurons`.
-        search: "exhaustive" or "guided".
+        search: "exhaustive", "grouped" or "guided".
         protocol: how the prompt was measured and searched.
         seeds: S, the number of seeds.
         layers: the searched value layers, in network order.

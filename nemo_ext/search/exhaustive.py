@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.search.certificate import certify
-from nemo_ext.search.outcome import Outcome, Refinement, Task, just_below
+from nemo_ext.search.outcome import Outcome, Refinement, Step, Task, just_below, without
 from nemo_ext.search.probe import Probe
-from nemo_ext.search.selection import initial_selection
+from nemo_ext.search.selection import select_candidates
 
 
 def search_exhaustive(task: Task) -> Outcome:
@@ -18,24 +18,8 @@ def search_exhaustive(task: Task) -> Outcome:
         task: the prompt to search. If the floor is above its τ, or the initial selection does not reach τ, the search
             continues with a raised τ and adds a note (docs/method.md, sections 7 and 8).
     """
-    probe, protocol, bars = task.probe, task.protocol, task.bars
-    activations = task.activations()
-    notes = []
-    floor, threshold = None, task.threshold
-    if protocol.measures_floor:
-        floor = probe.remaining(task.all_neurons)
-        if floor > threshold:
-            threshold = floor + protocol.raise_margin
-            notes.append(task.floor_note(floor, threshold))
-    with bars.task("initial selection") as advance:
-        selection = initial_selection(
-            activations, task.statistics, probe, threshold, protocol=protocol, on_trial=lambda: advance(1)
-        )
-    if selection.threshold != threshold:
-        notes.append(
-            f"with all candidates of the initial selection off the similarity is still {selection.remaining:.3f}, "
-            f"above τ = {threshold:.3f}: refined with τ = {selection.threshold:.3f}"
-        )
+    probe, bars = task.probe, task.bars
+    selection, floor, notes = select_candidates(task, floor_first=True)
     initial = selection.neurons
     with bars.task("refinement", len(initial.layers) + len(initial)) as advance:
         refinement = refine_exhaustive(selection.candidates, probe, selection.threshold, on_trial=lambda: advance(1))
@@ -47,7 +31,7 @@ def search_exhaustive(task: Task) -> Outcome:
         neurons=refinement.neurons,
         certificate=certificate,
         floor=floor,
-        notes=tuple(notes),
+        notes=notes,
         theta=selection.theta,
         top_k=selection.top_k,
         initial_neurons=initial,
@@ -82,12 +66,12 @@ def refine_exhaustive(
     """
     off = {layer: list(indices) for layer, indices in candidates.items() if indices}
 
-    def switch_on(steps: Sequence[tuple[str, Sequence[int]]]) -> None:
+    def switch_on(steps: Sequence[Step]) -> None:
         nonlocal off
         for number, step in enumerate(steps):
-            trial = _without(off, step)
+            trial = without(off, [step])
             # Most candidates are not needed, so this trial will probably succeed, and the next one will start from it.
-            ahead = [NeuronSet(_without(trial, next_step)) for next_step in steps[number + 1 : number + 2]]
+            ahead = [NeuronSet(without(trial, [next_step])) for next_step in steps[number + 1 : number + 2]]
             remaining = probe.remaining(NeuronSet(trial), stop_above=just_below(threshold), ahead=ahead)
             if on_trial is not None:
                 on_trial()
@@ -98,12 +82,3 @@ def refine_exhaustive(
     switch_on([(layer, [index]) for layer in reversed(off) for index in off[layer]])
     neurons = NeuronSet(off)
     return Refinement(neurons, probe.remaining(neurons))
-
-
-def _without(off: Mapping[str, Sequence[int]], step: tuple[str, Sequence[int]]) -> dict[str, list[int]]:
-    """A copy of `off` without some neurons of a layer; each index in `step` removes one occurrence."""
-    left = {layer: list(indices) for layer, indices in off.items()}
-    layer, switched_on = step
-    for index in switched_on:
-        left[layer].remove(index)
-    return left

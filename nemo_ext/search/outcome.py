@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.progress import Progress
 from nemo_ext.results.record import Certificate
 from nemo_ext.search.probe import NoiseProbe
+
+#: Neurons that a refinement switches on together: a layer, and indices of neurons in it.
+Step = tuple[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,12 @@ class Outcome:
 def just_below(threshold: float) -> float:
     """The largest float below τ. With it as `stop_above`, a trial may stop early only if its result is τ or more."""
     return math.nextafter(threshold, -math.inf)
+
+
+def without(off: Mapping[str, Sequence[int]], steps: Sequence[Step]) -> dict[str, list[int]]:
+    """A copy of `off` without the neurons of some steps; each index in a step removes one occurrence."""
+    left = {layer: list(indices) for layer, indices in off.items()}
+    for layer, switched_on in steps:
+        for index in switched_on:
+            left[layer].remove(index)
+    return left

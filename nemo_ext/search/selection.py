@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.neurons import NeuronSet
+from nemo_ext.search.outcome import Task
 from nemo_ext.search.probe import Probe
 
 
@@ -74,6 +76,7 @@ def initial_selection(
     threshold: float,
     *,
     protocol: Protocol,
+    raise_threshold: Callable[[], float] | None = None,
     on_trial: Callable[[], None] | None = None,
 ) -> Selection:
     """Lower θ and raise k until the remaining memorization is at most τ (docs/method.md, section 8).
@@ -89,6 +92,8 @@ def initial_selection(
         probe: measures the remaining memorization.
         threshold: τ.
         protocol: the constants above, `tries_last_theta` and `keeps_duplicates` are read.
+        raise_threshold: a function that is called once, after the first trial above τ, and returns the τ to continue
+            with; None: τ stays.
         on_trial: a function that is called after every trial.
 
     Returns:
@@ -116,6 +121,64 @@ def initial_selection(
             on_trial()
         if remaining <= threshold:
             return Selection(chosen, theta, top_k, remaining, threshold)
+        if raise_threshold is not None:
+            threshold, raise_threshold = raise_threshold(), None
+            continue  # the same candidates may be below a raised τ
         if last:
             return Selection(chosen, theta, top_k, remaining, remaining + protocol.raise_margin)
         theta, top_k = next_theta, next_top_k
+
+
+class Selected(NamedTuple):
+    """The initial selection of a task.
+
+    Attributes:
+        selection: the candidates.
+        floor: the remaining memorization with all searched neurons off; None if it was not measured.
+        notes: why τ was raised, in sentences.
+    """
+
+    selection: Selection
+    floor: float | None
+    notes: tuple[str, ...]
+
+
+def select_candidates(task: Task, *, floor_first: bool) -> Selected:
+    """The initial selection of a task, with τ raised if it cannot be reached (docs/method.md, sections 7 and 8).
+
+    Args:
+        task: the prompt to search.
+        floor_first: whether the floor is measured before the first trial, or only if the first trial is above τ. The
+            candidates are the same. It is not measured at all if the protocol says so.
+    """
+    probe, protocol = task.probe, task.protocol
+    floor: float | None = None
+    notes: list[str] = []
+
+    def raised_by_floor() -> float:
+        nonlocal floor
+        floor = probe.remaining(task.all_neurons)
+        if floor <= task.threshold:
+            return task.threshold
+        threshold = floor + protocol.raise_margin
+        notes.append(task.floor_note(floor, threshold))
+        return threshold
+
+    threshold = raised_by_floor() if protocol.measures_floor and floor_first else task.threshold
+    with task.bars.task("initial selection") as advance:
+        selection = initial_selection(
+            task.activations(),
+            task.statistics,
+            probe,
+            threshold,
+            protocol=protocol,
+            raise_threshold=raised_by_floor if protocol.measures_floor and not floor_first else None,
+            on_trial=lambda: advance(1),
+        )
+    reachable = threshold if floor is None or floor <= task.threshold else floor + protocol.raise_margin
+    if selection.threshold != reachable:
+        notes.append(
+            f"with all candidates of the initial selection off the similarity is still {selection.remaining:.3f}, "
+            f"above τ = {reachable:.3f}: refined with τ = {selection.threshold:.3f}"
+        )
+    return Selected(selection, floor, tuple(notes))

@@ -85,8 +85,7 @@ def suspects(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path
 def statistics(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `nemo-ext stats` wrote."""
     out = tmp_path_factory.mktemp("statistics") / "stats.safetensors"
-    done = nemo_ext("stats", "--model", model, "--prompts", captions, "--out", out)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert main(["stats", "--model", str(model), "--prompts", str(captions), "--out", str(out)]) == 0
     return out
 
 
@@ -94,8 +93,9 @@ def statistics(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFac
 def threshold(model: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `nemo-ext threshold` wrote."""
     out = tmp_path_factory.mktemp("threshold") / "threshold.json"
-    done = nemo_ext(*("threshold", "--model", model, "--prompts", captions, "--seeds", 3, "--out", out))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        main(["threshold", "--model", str(model), "--prompts", str(captions), "--seeds", "3", "--out", str(out)]) == 0
+    )
     return out
 
 
@@ -188,6 +188,7 @@ class TestWrongUsage:
         assert_one_sentence(capsys.readouterr().err, said, "--help")
 
 
+@pytest.mark.slow
 class TestTheWholeWay:
     def test_statistics_count_every_caption(self, planted: Planted, statistics: Path) -> None:
         assert ActivationStatistics.load(statistics).count == len(planted.ordinary_prompts)
@@ -244,6 +245,7 @@ class TestTheWholeWay:
 
 
 class TestGoingOn:
+    @pytest.mark.slow
     def test_ctrl_c_says_how_to_go_on_and_the_next_run_keeps_what_is_done(
         self, model: Path, statistics: Path, tmp_path: Path
     ) -> None:
@@ -253,7 +255,14 @@ class TestGoingOn:
             *("localize", "--model", model, "--statistics", statistics, "--threshold", 0.2),
             *("--seeds", 3, "--out", out, "--prompts", prompts),
         )
-        process = subprocess.Popen(command_line(*arguments), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command_line(*arguments),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # A shell without job control lets its background commands, and so these tests, ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         deadline = time.monotonic() + 300
         while not (out / "results.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -275,6 +284,7 @@ class TestGoingOn:
         assert lines[:-1] == done
         assert len(list((out / "neurons").iterdir())) == len(lines)
 
+    @pytest.mark.slow
     def test_results_of_other_settings_are_not_mixed(
         self,
         model: Path,

@@ -53,6 +53,7 @@ def test_every_memorized_caption_has_its_training_images() -> None:
     assert [len(original_images(what)) for what in MEMORIZED] == [1] * len(VERBATIM) + [len(OBJECTS)] * len(TEMPLATES)
 
 
+@pytest.mark.slow
 def test_memorized_captions_score_above_the_threshold_and_ordinary_ones_mostly_below(
     pipe: StableDiffusionPipeline, figures: dict
 ) -> None:

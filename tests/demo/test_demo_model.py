@@ -57,6 +57,7 @@ def test_modules_import_only_what_the_readme_lists_before_them() -> None:
         assert own <= set(order[:place]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "measure"])
 def test_commands_run_from_the_root_of_the_repository(command: str) -> None:
     program = [sys.executable, "-m", f"examples.demo_model.{command}"]

@@ -5,9 +5,11 @@ The tests of the operators on the CPU and on CUDA read `CASES`, and so do the te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +69,14 @@ class Case:
 
 CASES = [Case(*sizes, dtype, *options) for sizes in SIZES for dtype in DTYPES for options in OPTIONS]
 LARGE_CASES = [Case(*sizes, dtype, *options) for sizes in LARGE_SIZES for dtype in DTYPES for options in OPTIONS]
+
+
+def each(cases: Sequence[Case]) -> pytest.MarkDecorator:
+    """Parametrize a test with cases. Every seventh is among the fast tests, which gives each dtype and each option."""
+    marks = [() if place % 7 == 0 else pytest.mark.slow for place in range(len(cases))]
+    return pytest.mark.parametrize(
+        "case", [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)], ids=str
+    )
 
 
 def as_laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:

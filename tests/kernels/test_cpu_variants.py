@@ -61,9 +61,15 @@ OWN_DTYPES = {
 every_own_case = pytest.mark.parametrize(
     ("variant", "case"),
     [
-        pytest.param(variant, case, marks=leg_of(variant, "emulated"), id=f"{variant}-{case}")
+        # As in `op_cases.each`, every seventh case is among the fast tests.
+        pytest.param(
+            variant,
+            case,
+            marks=[leg_of(variant, "emulated"), *([pytest.mark.slow] if place % 7 else [])],
+            id=f"{variant}-{case}",
+        )
         for variant, dtypes in OWN_DTYPES.items()
-        for case in op_cases.CASES
+        for place, case in enumerate(op_cases.CASES)
         if case.dtype in dtypes and (case.tokens or not case.batch)
     ],
 )
@@ -197,6 +203,7 @@ numpy.savez(sys.argv[2], values=values.float(), activation=activation, scale_gra
 """
 
 
+@pytest.mark.slow
 @of_variants("avx2", "avx512", "avx512_bf16", "amx", leg="cpu")
 @pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
 def test_an_executed_variant_returns_the_bits_of_the_emulated_one(dtype, variant, tmp_path):
@@ -221,6 +228,7 @@ def test_an_executed_variant_returns_the_bits_of_the_emulated_one(dtype, variant
     assert any(same)
 
 
+@pytest.mark.slow
 @of_variants(*(name for name in SUPPORTED if name != _module.cpu_choice()[0]), leg="cpu")
 def test_an_executed_variant_passes_the_numerical_tests(variant):
     files = ["test_ops_reference.py", "test_ops_determinism.py", "test_ops_statistics.py"]

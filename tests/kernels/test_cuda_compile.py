@@ -38,6 +38,7 @@ def _documented_compiler():
         pytest.skip(f"docs/kernels.md has figures of another nvcc; this build was {kernel_limits.nvcc_version()}")
 
 
+@pytest.mark.slow
 def test_every_architecture_has_every_kernel(kernels):
     architectures = [name for name in _module.build_facts()["cuda_architectures"] if name.startswith("sm_")]
     assert {kernel.architecture for kernel in kernels} == set(architectures)
@@ -47,16 +48,19 @@ def test_every_architecture_has_every_kernel(kernels):
         assert sorted(map(str, filter(None, tiles))) == sorted(map(str, TILES))
 
 
+@pytest.mark.slow
 def test_nothing_is_spilled(kernels):
     spilling = [kernel for kernel in kernels if kernel.spills or kernel.stack or kernel.local]
     assert not spilling
 
 
+@pytest.mark.slow
 def test_registers_leave_room_for_the_blocks_that_are_planned_for(kernels):
     over = [kernel for kernel in kernels if kernel.tile and kernel.registers > kernel.tile.register_budget]
     assert not over
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_documented_compiler")
 def test_the_main_loop_has_every_product_of_its_tile_and_loads_each_fragment_once(kernels):
     """Another compiler may unroll the loop differently."""
@@ -70,6 +74,7 @@ def test_the_main_loop_has_every_product_of_its_tile_and_loads_each_fragment_onc
         assert kernel.loop["LDSM"] == unrolled * (mma_rows + mma_columns // 2)
 
 
+@pytest.mark.slow
 def test_four_adjacent_values_are_stored_by_one_instruction(kernels):
     """A lane holds them for ten tokens in each group of 16 neurons."""
     for kernel in kernels:
@@ -145,6 +150,7 @@ def test_cuxray_finds_no_spill_and_no_bank_conflict(kernels, architecture, eleme
     assert found == {"ways": 1, "conflicted": 0, "spills": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_documented_compiler")
 def test_the_tables_of_the_document_are_those_of_this_build(kernels):
     if {kernel.architecture for kernel in kernels} != set(SHIPPED):

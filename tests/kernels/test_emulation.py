@@ -354,12 +354,8 @@ SETTINGS = {
     "random": {"multiprocessors": 4, "order": "random", "seed": 1},
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
-every_size = pytest.mark.parametrize(
-    "case", [case for case in op_cases.CASES if case.in_features < 768 or case.layout == "offset"], ids=str
-)
-every_case_with_tokens = pytest.mark.parametrize(
-    "case", [case for case in op_cases.CASES if case.tokens or not case.batch], ids=str
-)
+every_size = op_cases.each([case for case in op_cases.CASES if case.in_features < 768 or case.layout == "offset"])
+every_case_with_tokens = op_cases.each([case for case in op_cases.CASES if case.tokens or not case.batch])
 
 
 def assert_running_statistics_follow(job, count):
@@ -428,6 +424,7 @@ def results(case, **settings):
 
 
 @every_large_case
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["wide", "medium", "narrow", "strided"])
 def test_order_of_threads_and_blocks_changes_no_bit_of_the_kernels_results(case, shape):
     forward = results(case, shape=shape, multiprocessors=2)

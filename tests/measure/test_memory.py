@@ -52,6 +52,7 @@ class TestPeakBytes:
         assert peaks[2] == pytest.approx(4 * peaks[0], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc from 2.33 on tells what it keeps")
 @pytest.mark.parametrize("process", range(3))
 def test_freed_memory_is_used_again_without_being_cleared(process: int) -> None:

@@ -7,10 +7,8 @@ import yardstick
 
 from nemo_ext import _module, ops, reference
 
-every_case = pytest.mark.parametrize("case", op_cases.CASES, ids=str)
-every_case_with_tokens = pytest.mark.parametrize(
-    "case", [case for case in op_cases.CASES if case.tokens or not case.batch], ids=str
-)
+every_case = op_cases.each(op_cases.CASES)
+every_case_with_tokens = op_cases.each([case for case in op_cases.CASES if case.tokens or not case.batch])
 
 
 @every_case

@@ -73,6 +73,7 @@ class TestMeasured:
 
 
 class TestPeakMemory:
+    @pytest.mark.slow
     def test_is_of_what_the_call_takes_and_not_of_this_process(self) -> None:
         before, _ = harness.peak_memory(fill, 2**20)
         here = torch.ones(2**27)  # 512 MiB
@@ -199,6 +200,7 @@ def run_all(*options: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_unknown_benchmarks_are_refused() -> None:
     result = run_all("nothing")
     assert result.returncode == 2

@@ -54,6 +54,7 @@ def legs(output):
     return {line.split()[0]: (*map(int, line.split()[1:4]), line[39:]) for line in table}
 
 
+@pytest.mark.slow
 def test_every_leg_is_counted_and_what_did_not_run_says_why(run):
     result = run()
     assert result.returncode == 1
@@ -66,6 +67,7 @@ def test_every_leg_is_counted_and_what_did_not_run_says_why(run):
     assert "CUDA" in table["CUDA"][3] or "GPU" in table["CUDA"][3]
 
 
+@pytest.mark.slow
 def test_a_required_device_that_is_missing_fails_every_test_of_it_with_the_reason(run):
     result = run("--require-device", "cuda", "-k", "device or cuda")
     assert result.returncode == 1
@@ -75,6 +77,7 @@ def test_a_required_device_that_is_missing_fails_every_test_of_it_with_the_reaso
     assert result.stdout.count(f"--require-device cuda: {table['CUDA'][3]}\n") == 2
 
 
+@pytest.mark.slow
 def test_an_unknown_leg_is_an_error(run):
     result = run(program="import pytest\n@pytest.mark.leg('gpu')\ndef test_it():\n    pass\n")
     assert result.returncode == 4

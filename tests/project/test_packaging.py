@@ -49,6 +49,7 @@ def test_setup_with_an_old_torch_says_what_it_needs(tmp_path):
     assert "nemo_ext needs torch>=2.13 to build, got 2.12.1+cpu" in result.stderr
 
 
+@pytest.mark.slow
 def test_setup_without_a_compiler_says_what_to_install(tmp_path):
     build = ["setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
     result = python(build, ROOT, CXX="no-such-compiler")
@@ -57,6 +58,7 @@ def test_setup_without_a_compiler_says_what_to_install(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_source_tree_without_binaries_says_what_to_do(tmp_path):
     """As when Python is started in the repository after a plain `pip install .`."""
     package = tmp_path / "nemo_ext"
@@ -327,6 +329,7 @@ def build_extensions(tmp_path, **environment):
     return python(["setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path], ROOT, **environment)
 
 
+@pytest.mark.slow
 def test_a_build_that_must_have_cuda_kernels_says_what_is_missing(tmp_path):
     result = build_extensions(tmp_path, NEMO_EXT_CUDA="1", NEMO_EXT_CUDA_ARCHS="80", CUDA_HOME=str(tmp_path))
     assert result.returncode != 0
@@ -335,6 +338,7 @@ def test_a_build_that_must_have_cuda_kernels_says_what_is_missing(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_what_nvcc_has_to_say_is_shown(tmp_path, toolkit):
     (toolkit / "broken").touch()
     result = build_extensions(tmp_path, NEMO_EXT_CUDA="auto", NEMO_EXT_CUDA_ARCHS="80", CUDA_HOME=str(toolkit))

@@ -4,7 +4,7 @@ import copy
 import random
 
 import pytest
-from fake_probe import LAYERS, FakeProbe, Score, additive, random_score
+from fake_probe import LAYERS, FakeProbe, Score, additive, random_candidates, random_score
 
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.search.certificate import certify
@@ -33,14 +33,6 @@ def refined_by_the_published_procedure(candidates: dict[str, list[int]], score: 
             if ssim(current) < threshold:
                 blocked[layer].remove(neuron)
     return NeuronSet(dict(zip(LAYERS, blocked, strict=True)))
-
-
-def random_candidates(rng: random.Random, duplicates: bool) -> dict[str, list[int]]:
-    chosen = {layer: rng.sample(range(9), rng.randrange(5)) for layer in LAYERS}
-    if duplicates:
-        for indices in chosen.values():
-            indices += rng.sample(indices, rng.randrange(len(indices) + 1))
-    return chosen
 
 
 class TestRefinement:

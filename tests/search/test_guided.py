@@ -1,49 +1,15 @@
 """The guided refinement: bisection over an order, for the seeds that need it."""
 
 import random
-from collections.abc import Collection, Iterable
 
 import pytest
-from fake_probe import LAYERS, PAIRS, FakeProbe, Score, additive, random_score
+from fake_probe import LAYERS, PAIRS, FakeProbe, SeedsProbe, additive, random_score
 
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.search.certificate import certify
 from nemo_ext.search.guided import refine_guided
-from nemo_ext.search.probe import Probe
 
 DOWN, _, MID, _ = LAYERS
-
-
-class SeedsProbe(Probe):
-    """A score for each seed; evaluates as many as it wants, like `NoiseProbe`."""
-
-    def __init__(self, scores: list[Score]) -> None:
-        self.scores = scores
-        self.first = 0
-        self.trials: set[tuple[NeuronSet, int]] = set()
-
-    def remaining(
-        self,
-        neurons: NeuronSet,
-        stop_above: float | None = None,
-        seeds: Collection[int] | None = None,
-        ahead: Iterable[NeuronSet] = (),
-    ) -> float:
-        looked_at = range(len(self.scores)) if seeds is None else seeds
-        self.trials |= {(neurons, seed) for seed in looked_at}
-        values = {seed: self.scores[seed](neurons) for seed in looked_at}
-        highest = max(values, key=lambda seed: values[seed])
-        if stop_above is not None and values[highest] > stop_above:
-            self.first = highest
-        return values[highest]
-
-    def likeliest(self, besides: Collection[int] = ()) -> tuple[int, ...]:
-        order = sorted(range(len(self.scores)), key=lambda seed: seed != self.first)
-        return tuple(seed for seed in order if seed not in besides)[:1]
-
-    def hardest(self, neurons: NeuronSet) -> tuple[int, ...]:
-        asked = [seed for seed in range(len(self.scores)) if (neurons, seed) in self.trials]
-        return (max(asked, key=lambda seed: self.scores[seed](neurons)),)
 
 
 class TestRefinement:

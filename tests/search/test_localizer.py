@@ -250,7 +250,7 @@ class TestThePipelineIsLeftAsItWas:
 
 class TestRefusals:
     def test_search_that_does_not_exist(self, planted: Planted, statistics: ActivationStatistics) -> None:
-        with pytest.raises(NemoError, match="search must be 'exhaustive' or 'guided', got 'fast'"):
+        with pytest.raises(NemoError, match="search must be 'exhaustive' or 'grouped' or 'guided', got 'fast'"):
             Localizer(planted.pipe, statistics=statistics, threshold=0.5, search="fast")
 
     def test_statistics_of_another_model(self, statistics: ActivationStatistics) -> None:

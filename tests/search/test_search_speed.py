@@ -75,6 +75,21 @@ class TestPlanted:
         assert found.neurons == expected == planted.neurons
         assert found.unet_samples < 0.35 * spent
 
+    def test_grouped_is_the_exhaustive_search_for_less(
+        self, planted: Planted, statistics: ActivationStatistics, plain: PlainSearch
+    ) -> None:
+        exhaustive, grouped = (
+            Localizer(planted.pipe, statistics=statistics, threshold=0.5, seeds=SEEDS, search=search).localize(
+                planted.memorized_prompt
+            )
+            for search in ("exhaustive", "grouped")
+        )
+        assert grouped.neurons == exhaustive.neurons == planted.neurons
+        assert grouped.initial_neurons == exhaustive.initial_neurons
+        assert grouped.floor is None
+        assert certificate_holds(grouped, plain)
+        assert grouped.unet_samples <= exhaustive.unet_samples
+
     @pytest.mark.parametrize("protocol", [Protocol.paper(), Protocol.published_code()], ids=lambda one: one.name)
     def test_guided_finds_them_as_well(
         self, planted: Planted, statistics: ActivationStatistics, plain: PlainSearch, protocol: Protocol
@@ -158,7 +173,8 @@ class TestCompiled:
         yield
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("search", ["exhaustive", "guided"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("search", ["exhaustive", "grouped", "guided"])
     def test_once_in_a_whole_search(self, search: str) -> None:
         compiled = []
 

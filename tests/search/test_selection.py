@@ -5,14 +5,16 @@ import random
 
 import pytest
 import torch
-from fake_probe import FakeProbe
+from fake_probe import FakeProbe, Score
 from torch import Tensor
 
 from nemo_ext.errors import NemoError
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.search.selection import candidates, initial_selection
+from nemo_ext.progress import Progress
+from nemo_ext.search.outcome import Task
+from nemo_ext.search.selection import candidates, initial_selection, select_candidates
 
 PAPER = Protocol.paper()
 PUBLISHED = Protocol.published_code()
@@ -152,3 +154,41 @@ def test_published_protocol_is_the_published_loop(seed: int) -> None:
     selection = initial_selection(tensors, STATISTICS, FakeProbe(score), threshold, protocol=PUBLISHED)
     assert {layer: list(indices) for layer, indices in selection.candidates.items()} == expected
     assert selection.threshold == expected_threshold
+
+
+class TestFloor:
+    """`select_candidates` measures the floor first, or only when the first candidates are not enough."""
+
+    @staticmethod
+    def task(score: Score, threshold: float, protocol: Protocol = PAPER) -> tuple[Task, FakeProbe]:
+        probe = FakeProbe(score)
+        activations = {"a": torch.tensor([9.0, *[0.0] * 63])}
+        bars = Progress(enabled=False)
+        return Task(probe, lambda: activations, STATISTICS, {"a": 64}, threshold, protocol, bars), probe
+
+    @pytest.mark.parametrize(("floor_first", "asked"), [(True, [64, 1]), (False, [1])])
+    def test_is_not_needed_where_the_first_candidates_are_enough(self, floor_first: bool, asked: list[int]) -> None:
+        task, probe = self.task(lambda neurons: 0.1, 0.4)
+        selection, floor, notes = select_candidates(task, floor_first=floor_first)
+        assert [len(neurons) for neurons in probe.asked] == asked
+        assert (len(selection.neurons), floor, notes) == (1, 0.1 if floor_first else None, ())
+
+    @pytest.mark.parametrize("floor_first", [True, False])
+    def test_above_the_threshold_raises_it_for_the_same_candidates(self, floor_first: bool) -> None:
+        task, _ = self.task(lambda neurons: 0.5, 0.4)
+        selection, floor, notes = select_candidates(task, floor_first=floor_first)
+        assert (selection.theta, floor, selection.threshold) == (PAPER.first_theta, 0.5, 0.5 + PAPER.raise_margin)
+        assert len(notes) == 1
+        assert "with all 64 searched neurons off the similarity is still 0.500" in notes[0]
+
+    @pytest.mark.parametrize("floor_first", [True, False])
+    def test_below_the_threshold_changes_nothing(self, floor_first: bool) -> None:
+        task, _ = self.task(lambda neurons: 0.9 if len(neurons) < 4 else 0.1, 0.4)
+        selection, floor, notes = select_candidates(task, floor_first=floor_first)
+        assert (selection.top_k, floor, selection.threshold, notes) == (4, 0.1, 0.4, ())
+
+    @pytest.mark.parametrize("floor_first", [True, False])
+    def test_is_not_measured_if_the_protocol_says_so(self, floor_first: bool) -> None:
+        task, probe = self.task(lambda neurons: 0.9 if len(neurons) < 4 else 0.1, 0.4, PUBLISHED)
+        assert select_candidates(task, floor_first=floor_first).floor is None
+        assert all(len(neurons) < 64 for neurons in probe.asked)
