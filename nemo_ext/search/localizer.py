@@ -58,8 +58,8 @@ class Localizer:
             protocol and number of seeds.
         search: "exhaustive" is the paper's search. "grouped" switches several candidates on in one trial, for a
             fraction of the U-Net samples; its set differs from the paper's only if switching a neuron on lowers the
-            score somewhere. "guided" ranks all searched neurons by a gradient and bisects; it needs still fewer samples, and
-            its set can differ.
+            score somewhere. "guided" ranks all searched neurons by a gradient and bisects; it needs still fewer
+            samples, and its set can differ.
         protocol: how to measure and search; None: `Protocol.paper()`.
         seeds: S ≥ 2.
         batch_size: latents in one call of the denoiser; None: as many as memory allows (`fitting_batch_size`).
