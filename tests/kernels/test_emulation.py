@@ -298,6 +298,7 @@ RACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RACES)
 def test_thread_sanitizer_sees_a_race(name):
     report = emulation.sanitizer_report("thread", [self_test_job(name, [0] * 64, **RACES[name])])

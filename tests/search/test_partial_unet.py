@@ -84,7 +84,12 @@ def entry_points(unet: UNet2DConditionModel) -> EntryPoints:
 
 @pytest.mark.parametrize(
     ("make", "layers"),
-    [(sd1, "down+mid"), (sd1_with_text_in_up_blocks, "all"), (sd2, "down+mid"), (demo, "down+mid")],
+    [
+        (sd1, "down+mid"),
+        pytest.param(sd1_with_text_in_up_blocks, "all", marks=pytest.mark.slow),
+        pytest.param(sd2, "down+mid", marks=pytest.mark.slow),
+        pytest.param(demo, "down+mid", marks=pytest.mark.slow),
+    ],
 )
 def test_from_every_layer_on_gives_the_bits_of_a_whole_call(
     make: Callable[[], UNet2DConditionModel], layers: str
@@ -135,6 +140,7 @@ def test_rows_of_a_batch_may_come_from_different_runs(unet: UNet2DConditionModel
             torch.testing.assert_close(entered, inputs.noise(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_the_work_that_is_done(unet: UNet2DConditionModel, entry_points: EntryPoints) -> None:
     inputs = Inputs(unet)
 

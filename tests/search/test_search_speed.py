@@ -90,7 +90,11 @@ class TestPlanted:
         assert certificate_holds(grouped, plain)
         assert grouped.unet_samples <= exhaustive.unet_samples
 
-    @pytest.mark.parametrize("protocol", [Protocol.paper(), Protocol.published_code()], ids=lambda one: one.name)
+    @pytest.mark.parametrize(
+        "protocol",
+        [Protocol.paper(), pytest.param(Protocol.published_code(), marks=pytest.mark.slow)],
+        ids=lambda one: one.name,
+    )
     def test_guided_finds_them_as_well(
         self, planted: Planted, statistics: ActivationStatistics, plain: PlainSearch, protocol: Protocol
     ) -> None:
