@@ -1,4 +1,4 @@
-"""Compares both searches with the published procedure, in U-Net samples and time, on the demo's memorized captions.
+"""Compares the searches with the published procedure, in U-Net samples and time, on the demo's memorized captions.
 
 Run `python benchmarks/bench_search.py [--prompts N] [--quick] [--threads N] [--out DIR] [--compare CSV]`. `plain` is
 the published procedure, in baseline_search.py. The three searches of a caption run one after the other. Then their

@@ -5,37 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.search.certificate import certify
 from nemo_ext.search.outcome import Outcome, Refinement, Step, Task, just_below, without
 from nemo_ext.search.probe import Probe
 from nemo_ext.search.selection import select_candidates
 
 
 def search_exhaustive(task: Task) -> Outcome:
-    """Select candidates, switch the ones that are not needed on again, and certify the others.
+    """Select candidates, and switch the ones that are not needed on again.
 
     Args:
         task: the prompt to search. If the floor is above its τ, or the initial selection does not reach τ, the search
             continues with a raised τ and adds a note (docs/method.md, sections 7 and 8).
     """
     probe, bars = task.probe, task.bars
-    selection, floor, notes = select_candidates(task, floor_first=True)
-    initial = selection.neurons
+    selected = select_candidates(task, floor_first=True)
+    selection, initial = selected.selection, selected.selection.neurons
     with bars.task("refinement", len(initial.layers) + len(initial)) as advance:
         refinement = refine_exhaustive(selection.candidates, probe, selection.threshold, on_trial=lambda: advance(1))
-    with bars.task("certificate", len(refinement.neurons)) as advance:
-        certificate = certify(refinement.neurons, probe, selection.threshold, on_trial=lambda: advance(1))
-    return Outcome(
-        score_after=refinement.remaining,
-        threshold_used=selection.threshold,
-        neurons=refinement.neurons,
-        certificate=certificate,
-        floor=floor,
-        notes=notes,
-        theta=selection.theta,
-        top_k=selection.top_k,
-        initial_neurons=initial,
-    )
+    return selected.outcome(refinement)
 
 
 def refine_exhaustive(

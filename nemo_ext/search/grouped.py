@@ -5,36 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.search.certificate import certify
 from nemo_ext.search.outcome import Outcome, Refinement, Step, Task, just_below, without
 from nemo_ext.search.probe import Probe
 from nemo_ext.search.selection import select_candidates
 
 
 def search_grouped(task: Task) -> Outcome:
-    """Select candidates as the exhaustive search does, refine them in groups, and certify the others.
+    """Select candidates as the exhaustive search does, and refine them in groups.
 
     Args:
         task: the prompt to search. If the first candidates are not enough and the floor is above its τ, or the initial
             selection does not reach τ, the search continues with a raised τ and adds a note.
     """
     probe, bars = task.probe, task.bars
-    selection, floor, notes = select_candidates(task, floor_first=False)
+    selected = select_candidates(task, floor_first=False)
+    selection = selected.selection
     with bars.task("refinement") as advance:
         refinement = refine_grouped(selection.candidates, probe, selection.threshold, on_trial=lambda: advance(1))
-    with bars.task("certificate", len(refinement.neurons)) as advance:
-        certificate = certify(refinement.neurons, probe, selection.threshold, on_trial=lambda: advance(1))
-    return Outcome(
-        score_after=refinement.remaining,
-        threshold_used=selection.threshold,
-        neurons=refinement.neurons,
-        certificate=certificate,
-        floor=floor,
-        notes=notes,
-        theta=selection.theta,
-        top_k=selection.top_k,
-        initial_neurons=selection.neurons,
-    )
+    return selected.outcome(refinement)
 
 
 def refine_grouped(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 
 from nemo_ext.neurons import Neuron, NeuronSet
-from nemo_ext.search.certificate import certify
 from nemo_ext.search.outcome import Outcome, Refinement, Task, just_below
 from nemo_ext.search.probe import Probe
 
@@ -17,7 +16,7 @@ _ORDERS = 3
 
 
 def search_guided(task: Task) -> Outcome:
-    """Rank all searched neurons by their effect, find the ones that are needed, and certify them.
+    """Rank all searched neurons by their effect, and find the ones that are needed.
 
     Args:
         task: the prompt to search. If the floor is above its τ, the search starts again with a raised τ and adds a note
@@ -39,13 +38,10 @@ def search_guided(task: Task) -> Outcome:
             threshold = floor + task.protocol.raise_margin
             notes.append(task.floor_note(floor, threshold))
             refinement = refine_guided(ranked, probe, threshold, on_trial=lambda: advance(1))
-    with bars.task("certificate", len(refinement.neurons)) as advance:
-        certificate = certify(refinement.neurons, probe, threshold, on_trial=lambda: advance(1))
     return Outcome(
         score_after=refinement.remaining,
         threshold_used=threshold,
         neurons=refinement.neurons,
-        certificate=certificate,
         floor=floor,
         notes=tuple(notes),
     )

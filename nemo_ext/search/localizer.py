@@ -29,6 +29,7 @@ from nemo_ext.patching.patch import PatchHandle, patch_handle
 from nemo_ext.progress import Progress, ProgressLike, open_progress
 from nemo_ext.results.folder import ResultsFolder
 from nemo_ext.results.record import Localization, Settings
+from nemo_ext.search.certificate import certify
 from nemo_ext.search.exhaustive import search_exhaustive
 from nemo_ext.search.grouped import search_grouped
 from nemo_ext.search.guided import search_guided
@@ -140,6 +141,10 @@ class Localizer:
                 advance(self.seeds)
             kept_seeds = probe.keep_above(self.threshold)
             outcome = SEARCHES[self.search](self._task(probe, hidden, bars)) if kept_seeds else Outcome()
+            certificate = None
+            if outcome.threshold_used is not None:
+                with bars.task("certificate", len(outcome.neurons)) as advance:
+                    certificate = certify(outcome.neurons, probe, outcome.threshold_used, on_trial=lambda: advance(1))
         height, width = probe.runs.latents.shape[-2:]
         settings = self.settings
         return Localization(
@@ -158,7 +163,7 @@ class Localizer:
             kept_seeds=kept_seeds,
             unet_samples=round(probe.runs.samples, 2),
             seconds=time.perf_counter() - started,
-            certificate=outcome.certificate,
+            certificate=certificate,
             search=settings.search,
             protocol=settings.protocol,
             seeds=settings.seeds,

@@ -12,7 +12,6 @@ from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.progress import Progress
-from nemo_ext.results.record import Certificate
 from nemo_ext.search.probe import NoiseProbe
 
 #: Neurons that a refinement switches on together: a layer, and indices of neurons in it.
@@ -69,12 +68,11 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a search. `Localization` has the same fields and describes them."""
+    """The result of a search, before it is certified. `Localization` has the same fields and describes them."""
 
     score_after: float | None = None
     threshold_used: float | None = None
     neurons: NeuronSet = field(default_factory=NeuronSet)
-    certificate: Certificate | None = None
     floor: float | None = None
     notes: tuple[str, ...] = ()
     theta: float | None = None

@@ -11,7 +11,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.search.outcome import Task
+from nemo_ext.search.outcome import Outcome, Refinement, Task
 from nemo_ext.search.probe import Probe
 
 
@@ -141,6 +141,19 @@ class Selected(NamedTuple):
     selection: Selection
     floor: float | None
     notes: tuple[str, ...]
+
+    def outcome(self, refinement: Refinement) -> Outcome:
+        """The outcome of a search that has refined this selection."""
+        return Outcome(
+            score_after=refinement.remaining,
+            threshold_used=self.selection.threshold,
+            neurons=refinement.neurons,
+            floor=self.floor,
+            notes=self.notes,
+            theta=self.selection.theta,
+            top_k=self.selection.top_k,
+            initial_neurons=self.selection.neurons,
+        )
 
 
 def select_candidates(task: Task, *, floor_first: bool) -> Selected:
