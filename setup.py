@@ -4,17 +4,8 @@
                     and CUDA builds of PyTorch, from TARGETED_TORCH on, with or without a GPU.
 `nemo_ext._module`  contains build facts and CPU capabilities. It uses pybind11 and not PyTorch.
 
-Environment variables control the build:
-
-CXX                    The C++ compiler, which is also nvcc's host compiler. The default is c++.
-NEMO_EXT_CUDA          auto, the default, compiles the CUDA kernels if a usable toolkit is found; 1 fails if none is
-                       found; 0 leaves the CUDA kernels out.
-NEMO_EXT_CUDA_ARCHS    The GPU architectures to compile for, like "80;90+PTX". If it is not set, TORCH_CUDA_ARCH_LIST
-                       is used, like "8.0;9.0+PTX", and otherwise DEFAULT_ARCHITECTURES. The GPUs of the build machine
-                       are never consulted.
-CUDA_HOME, CUDA_PATH   The folder of the toolkit. If neither is set, the first usable one of these is taken: nvcc on the
-                       PATH, /usr/local/cuda, the package nvidia-cuda-nvcc from PyPI.
-MAX_JOBS               The number of compilers that run at the same time.
+CONTRIBUTING.md, section "CUDA kernels", explains the environment variables that control the build. The GPUs of the build
+machine are never consulted.
 
 PyTorch's CUDAExtension is not used, for two reasons: it refuses to compile CUDA with a CPU build of PyTorch, and it
 finds a wrong toolkit folder if nvcc is a wrapper script.
