@@ -4,8 +4,8 @@
                     and CUDA builds of PyTorch, from TARGETED_TORCH on, with or without a GPU.
 `nemo_ext._module`  contains build facts and CPU capabilities. It uses pybind11 and not PyTorch.
 
-CONTRIBUTING.md, section "CUDA kernels", explains the environment variables that control the build. The GPUs of the build
-machine are never consulted.
+CONTRIBUTING.md, section "CUDA kernels", explains the environment variables that control the build. The GPUs of the
+build machine are never consulted.
 
 PyTorch's CUDAExtension is not used, for two reasons: it refuses to compile CUDA with a CPU build of PyTorch, and it
 finds a wrong toolkit folder if nvcc is a wrapper script.
