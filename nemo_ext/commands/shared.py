@@ -7,12 +7,11 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_ext.errors import NemoError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
     from rich.table import Table
 
     from nemo_ext.results.record import Localization
@@ -126,7 +125,7 @@ def read_captions(path: Path) -> list[str]:
     return captions
 
 
-def load_model(args: argparse.Namespace) -> StableDiffusionPipeline:
+def load_model(args: argparse.Namespace) -> Any:
     """Load the pipeline in the folder `--model` on `--device` in `--dtype`.
 
     Raises:
