@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_folder(args.out)
     if args.neurons is not None:
         check_input_file(args.neurons, "neurons", "`nemo-ext localize`")
-    from nemo_ext.evaluate.generate import generate_images
+    from nemo_ext.measure.generation import generate_images
     from nemo_ext.neurons import NeuronSet
     from nemo_ext.patching.patch import patched
     from nemo_ext.report.images import contact_sheet

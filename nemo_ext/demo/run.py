@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_ext.errors import NemoError
-from nemo_ext.evaluate.generate import generate_images
 from nemo_ext.files import replacing
+from nemo_ext.measure.generation import generate_images
 from nemo_ext.measure.score import memorization_score
 from nemo_ext.measure.statistics import collect_statistics
 from nemo_ext.measure.threshold import memorization_threshold

@@ -96,6 +96,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def sampling_scheduler(self, pipe: Any) -> Any:
+        """A new scheduler that gives usable images in few steps, with the noise levels of the pipeline's scheduler."""
+
+    @abstractmethod
     def load(self, folder: Path, variant: str | None) -> Any:
         """Load a saved pipeline from a local folder, from safetensors alone; the network is never used.
 

@@ -118,6 +118,12 @@ class StableDiffusion(Family):
 
         return predict
 
+    def sampling_scheduler(self, pipe: Any) -> Any:
+        """DDIM (Song et al., arXiv 2010.02502) without added noise, so that an image depends on its seed alone."""
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(pipe.scheduler.config)
+
     def load(self, folder: Path, variant: str | None) -> Any:
         from diffusers import StableDiffusionPipeline
 

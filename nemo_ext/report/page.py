@@ -104,7 +104,7 @@ def write_report(
         title=title,
         total=len(localizations),
         memorized=len(memorized),
-        silenced=sum(found.silenced for found in memorized),
+        silenced=sum(found.below_threshold for found in memorized),
         neurons=len(union),
         layers={layer: len(indices) for layer, indices in union.items()},
         scores_plot=score_plot(localizations),
@@ -124,7 +124,7 @@ def _section(index: int, found: Localization, images: PromptImages | None) -> di
         "anchor": f"prompt-{index + 1}",
         "name": prompt_name(index, found.prompt),
         "found": found,
-        "silenced": found.silenced,
+        "silenced": found.below_threshold,
         "neurons": [
             {"layer": layer, "short": short_layer_name(layer), "indices": list(indices)}
             for layer, indices in found.neurons.items()

@@ -57,6 +57,102 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class ImageTrial:
+    """The images of several seeds with one set of neurons off (docs/method.md, section 12).
+
+    Attributes:
+        neurons: how many neurons were off.
+        criterion: what the set was found by: "first step", "first step, τ lowered to 0.401" or "images".
+        score: the remaining memorization at the first step; None if it was not measured.
+        remaining: for each seed's image, the highest similarity with another seed's image of the untouched model.
+        diversity: for each seed's image, the highest similarity with another seed's image with the same neurons off. It
+            is empty if only some seeds were generated, because one of them already replicated.
+    """
+
+    neurons: int
+    criterion: str
+    score: float | None
+    remaining: tuple[float, ...]
+    diversity: tuple[float, ...]
+
+    @property
+    def highest(self) -> float:
+        """The highest similarity of this trial, which is compared with τ_image."""
+        return max((*self.remaining, *self.diversity))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageTrial:
+        """Make a trial from a dictionary of `dataclasses.asdict`."""
+        return cls(
+            **{**values, "remaining": tuple(values["remaining"]), "diversity": tuple(values["diversity"])},
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a prompt's image comes back with its neurons off (docs/method.md, section 12).
+
+    Attributes:
+        threshold: τ_image.
+        similarity: the name of the similarity of images, `ImageSimilarity.name`.
+        seeds: the seeds of the images.
+        steps, guidance: how the images were generated, as in `Sampling`.
+        before: for each seed's image of the untouched model, the highest similarity with another seed's.
+        final: the images with the neurons of the result off.
+        trials: all sets whose images were compared, in the order in which they were tried; `final` is one of them.
+        originals_before, originals_after: for each seed, the similarity with the training image, without and with the
+            neurons of the result off; None if the training image is not known.
+        instead: for each seed, the prompt whose training image appears with the neurons off instead of this prompt's;
+            None for a seed that shows none, and None for all of it if no training images are known.
+        unet_samples: how many latents the denoiser evaluated for the images. They are part of
+            `Localization.unet_samples`.
+    """
+
+    threshold: float
+    similarity: str
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float
+    before: tuple[float, ...]
+    final: ImageTrial
+    trials: tuple[ImageTrial, ...]
+    originals_before: tuple[float, ...] | None
+    originals_after: tuple[float, ...] | None
+    instead: tuple[str | None, ...] | None
+    unet_samples: float
+
+    @property
+    def replicated(self) -> bool:
+        """Whether the untouched model makes the images of two seeds alike."""
+        return max(self.before) > self.threshold
+
+    @property
+    def copies(self) -> int:
+        """The number of seeds whose image is still alike another seed's, with the neurons of the result off."""
+        pairs = zip(self.final.remaining, self.final.diversity, strict=True)
+        return sum(max(pair) > self.threshold for pair in pairs)
+
+    @property
+    def silenced(self) -> bool:
+        """Whether no seed's image still replicates."""
+        return self.copies == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Verdict:
+        """Make a verdict from a dictionary of `to_dict`."""
+        restored = dict(values)
+        for name in ("seeds", "before", "originals_before", "originals_after", "instead"):
+            restored[name] = None if values[name] is None else tuple(values[name])
+        restored["final"] = ImageTrial.from_dict(values["final"])
+        restored["trials"] = tuple(ImageTrial.from_dict(trial) for trial in values["trials"])
+        return cls(**restored)
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that a result depends on besides the prompt. `Localization` has the same fields and describes them."""
 
@@ -67,6 +163,7 @@ class Settings:
     layers: tuple[str, ...]
     model: str
     statistics: str
+    verification: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +172,8 @@ class Localization:
 
     Attributes:
         prompt: the text.
-        memorized: whether the score of any seed is above τ. If not, nothing was searched: there are no neurons, and the
-            fields of the search are None.
+        memorized: whether the score of any seed is above τ, or, with verification, the images of two seeds are alike.
+            If not, nothing was searched: there are no neurons, and the fields of the search are None.
         score_before: the prompt's score, the highest similarity between the δ of two seeds (docs/method.md, section 5).
         score_after: the remaining memorization with `neurons` off (docs/method.md, section 7).
         floor: the remaining memorization with all searched neurons off. None if it was not measured: the protocol does
@@ -100,6 +197,10 @@ class Localization:
         similarity_scales: M, the number of scales of the similarity.
         model: `model_fingerprint` over the layers of the statistics.
         statistics: `ActivationStatistics.digest()` of the statistics.
+        history: the trials of the search at the first step, in order: how many neurons were off, and the remaining
+            memorization. It can be a lower bound that is above the threshold of the trial.
+        verification: the settings of the verification (`Verification.to_dict`); None: the images were not checked.
+        verdict: what the images show; None if they were not checked.
     """
 
     prompt: str
@@ -125,11 +226,27 @@ class Localization:
     similarity_scales: int
     model: str
     statistics: str
+    history: tuple[tuple[int, float], ...] = ()
+    verification: Mapping[str, Any] | None = None
+    verdict: Verdict | None = None
 
     @property
-    def silenced(self) -> bool:
-        """Whether the remaining memorization is at most the requested τ, and not only a raised one."""
+    def below_threshold(self) -> bool:
+        """Whether the remaining memorization at the first step is at most the requested τ, and not only a raised one.
+
+        That does not mean that the image no longer comes back, see `verified`.
+        """
         return self.score_after is not None and self.score_after <= self.threshold
+
+    @property
+    def verified(self) -> bool | None:
+        """Whether the image no longer comes back with the neurons off; None if nobody checked, or nothing to check."""
+        return self.verdict.silenced if self.verdict is not None and self.memorized else None
+
+    @property
+    def missed_by_first_step(self) -> bool:
+        """Whether the images of different seeds are alike although the score at the first step is not above τ."""
+        return self.memorized and self.score_before <= self.threshold
 
     @property
     def settings(self) -> Settings:
@@ -144,6 +261,8 @@ class Localization:
         for name in ("notes", "kept_seeds", "layers"):
             values[name] = list(values[name])
         values["certificate"] = None if self.certificate is None else self.certificate.to_dict()
+        values["verdict"] = None if self.verdict is None else self.verdict.to_dict()
+        values["history"] = [list(trial) for trial in self.history]
         return values
 
     @classmethod
@@ -162,6 +281,10 @@ class Localization:
             restored["protocol"] = Protocol.from_dict(values["protocol"])
             if values["certificate"] is not None:
                 restored["certificate"] = Certificate.from_dict(values["certificate"])
+            # Results of version 0.1 have no images and no history.
+            restored["history"] = tuple((count, score) for count, score in values.get("history", ()))
+            if values.get("verdict") is not None:
+                restored["verdict"] = Verdict.from_dict(values["verdict"])
             return cls(**restored)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise NemoError(f"not a localization: {error}") from error

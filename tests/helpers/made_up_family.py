@@ -154,6 +154,9 @@ class Signs(Family):
         step = torch.tensor(num_inference_steps - step_index)
         return lambda latents, hidden: pipe.painter(latents, step, hidden.expand(len(latents), -1, -1))
 
+    def sampling_scheduler(self, pipe: Any) -> Any:
+        return DDIMScheduler.from_config(pipe.scheduler.config)
+
     def load(self, folder: Path, variant: str | None) -> SignPipeline:
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         return SignPipeline(

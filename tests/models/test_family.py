@@ -11,7 +11,7 @@ from tiny_pipeline import tiny_pipeline
 import nemo_ext
 from nemo_ext.cli import main
 from nemo_ext.errors import NemoError
-from nemo_ext.evaluate.generate import generate_images
+from nemo_ext.measure.generation import generate_images
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import FAMILIES, family_of, short_layer_name
 from nemo_ext.models.stable_diffusion import StableDiffusion
