@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_ext.commands.shared import (
     NOTHING_WRITTEN,
     add_batch_size,
+    add_guidance,
     add_model,
     add_path,
     load_model,
@@ -71,13 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the number of denoising steps (default: 50)",
     )
-    parser.add_argument(
-        "--guidance",
-        type=_guidance,
-        default=7.0,
-        metavar="X",
-        help="the scale of classifier-free guidance (default: 7, as in the paper)",
-    )
+    add_guidance(parser, 7.0, "7, as in the paper")
     add_path(parser, "--out", "the folder for the images", metavar="DIR")
     add_batch_size(parser, 4, "the number of images that are generated at once")
 
@@ -136,16 +130,6 @@ def run(args: argparse.Namespace) -> None:
         off = str(len(neurons)) if neurons is not None and stage == "after" else "0"
         table.add_row(f"{stage} ({len(row)})", off, f"{stage}-SEED.png")
     show(table, f"Written: {out} (look at {out / 'contact-sheet.png'})")
-
-
-def _guidance(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or number < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
-    return number
 
 
 def _write(out: Path, images: Mapping[str, Image], description: Mapping[str, Any]) -> None:

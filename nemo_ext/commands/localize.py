@@ -10,10 +10,12 @@ from nemo_ext.commands.shared import (
     add_model,
     add_path,
     add_scoring,
+    add_sscd,
     load_model,
     results_table,
     show,
     visible_text,
+    whole_number,
 )
 from nemo_ext.errors import NemoError
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from nemo_ext.measure.statistics import ActivationStatistics
     from nemo_ext.measure.threshold import Threshold
     from nemo_ext.results.record import Localization
+    from nemo_ext.search.verification import Verification
 
 NAME = "localize"
 SUMMARY = "find the neurons that carry a prompt's training image"
@@ -28,13 +31,18 @@ DESCRIPTION = """\
 Measure the score of each prompt, and find the few neurons that carry the training image of each memorized one.
 Every result has a certificate: the score with these neurons off, and with each of them on again.
 
+The score looks at the first denoising step. So images of several seeds are generated as well, without and with the
+neurons, and compared: if the image still comes back, the search goes on, and the result says what the images show.
+This is the verification. It costs time, and --no-verify leaves it out.
+
 reads   --model       a diffusers folder
         --prompts     a UTF-8 text file with one prompt per line; or --prompt TEXT for a single prompt
         --statistics  the file that `nemo-ext stats` wrote for this model
         --threshold   the file that `nemo-ext threshold` wrote for this model, or a number
 writes  --out DIR     DIR/results.jsonl, with one JSON object per prompt, and the neurons of each memorized
                       prompt in DIR/neurons/NNNN-HASH.json, where NNNN is the prompt's position in
-                      results.jsonl, counted from 0, and HASH is a hash of the prompt
+                      results.jsonl, counted from 0, and HASH is a hash of the prompt; the compared images in
+                      DIR/images/NNNN-HASH/before-SEED.png and after-SEED.png
 
 If the command was stopped, run it again to continue. Prompts that are already in results.jsonl are not searched
 again.
@@ -68,6 +76,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "time, for a fraction of the cost; guided: a still faster search by a gradient",
     )
     add_scoring(parser)
+    images = parser.add_argument_group("verification on images")
+    images.add_argument("--no-verify", action="store_true", help="look at the first denoising step only")
+    add_sscd(images)
+    images.add_argument(
+        "--image-threshold",
+        type=_number,
+        metavar="X",
+        help="τ_image, from 0 to 1 (default: the one in the file of --threshold, with its settings)",
+    )
+    images.add_argument(
+        "--originals",
+        type=Path,
+        metavar="FILE",
+        help="known training images: a CSV file with the columns prompt,image; they are compared, too",
+    )
+    images.add_argument(
+        "--image-budget",
+        type=whole_number(0),
+        default=96,
+        metavar="N",
+        help="how many images may be generated per prompt to search by images, where no lower threshold at the first "
+        "step helps (default: 96)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
     threshold = _load_threshold(args.threshold) if isinstance(args.threshold, Path) else args.threshold
     statistics = _load_statistics(args.statistics)
+    verify = None if args.no_verify else _verification(args)
     localizer = Localizer(
         load_model(args),
         statistics=statistics,
@@ -91,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
         protocol=Protocol.from_name(args.protocol),
         seeds=args.seeds,
         batch_size=args.batch_size,
+        verify=verify,
     )
     folder = ResultsFolder(out)
     results: list[Localization] = []
@@ -110,14 +143,36 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
+def _verification(args: argparse.Namespace) -> Verification:
+    from nemo_ext.measure.originals import read_originals
+    from nemo_ext.measure.sscd import load_image_similarity
+    from nemo_ext.search.verification import Verification
+
+    return Verification(
+        similarity=load_image_similarity(args.sscd),
+        threshold=args.image_threshold,
+        budget=args.image_budget,
+        originals={} if args.originals is None else read_originals(args.originals),
+    )
+
+
 def _threshold_or_file(text: str) -> float | Path:
     """The type of `--threshold`. A file is loaded later, in `run`, because loading imports torch."""
     try:
-        number = float(text)
+        float(text)
     except ValueError:
         if Path(text).is_file():
             return Path(text)
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a file that exists") from None
+    return _number(text)
+
+
+def _number(text: str) -> float:
+    """The type of a threshold, a number between 0 and 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not 0 < number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} isn't between 0 and 1")
     return number

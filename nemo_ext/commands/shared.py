@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +63,28 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     add_batch_size(parser, None, "the number of latents in one U-Net call", "as many as memory allows, up to --seeds")
 
 
+def add_sscd(parser: argparse._ActionsContainer) -> None:
+    """Add `--sscd`, which `load_image_similarity` reads."""
+    parser.add_argument(
+        "--sscd",
+        type=Path,
+        metavar="FILE",
+        help="compare images with this SSCD network, a TorchScript (.pt) or ONNX (.onnx) file (default: compare the "
+        "structure of their pixels, which needs no file and is less reliable)",
+    )
+
+
+def add_guidance(parser: argparse._ActionsContainer, default: float | None, chosen: str) -> None:
+    """Add `--guidance`, the scale of classifier-free guidance; `chosen` says what the default is."""
+    parser.add_argument(
+        "--guidance",
+        type=_guidance,
+        default=default,
+        metavar="X",
+        help=f"the scale of classifier-free guidance (default: {chosen})",
+    )
+
+
 def add_batch_size(parser: argparse.ArgumentParser, default: int | None, meaning: str, chosen: str = "") -> None:
     """Add `--batch-size`.
 
@@ -106,6 +129,16 @@ def _device(text: str) -> str:
     if text in ("cpu", "cuda") or (text.startswith("cuda:") and text[5:].isdecimal()):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} isn't cpu, cuda or cuda:N")
+
+
+def _guidance(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
+    return number
 
 
 # Loading what the arguments name.
@@ -183,17 +216,17 @@ def plain(text: str) -> str:
 def results_table(results: Sequence[Localization]) -> Table:
     """Return a table with one row for each result."""
     from nemo_ext.results.folder import prompt_name
+    from nemo_ext.results.words import short_verdict
 
-    table = new_table("Results", "name", "prompt", "memorized", "before", "after", "τ", "neurons")
+    table = new_table("Results", "name", "prompt", "neurons", "first step", "τ", "images")
     for index, found in enumerate(results):
         table.add_row(
             prompt_name(index, found.prompt),
             plain(found.prompt),
-            "yes" if found.memorized else "no",
-            f"{found.score_before:.3f}",
-            "–" if found.score_after is None else f"{found.score_after:.3f}",
-            f"{found.threshold:.3f}",
             str(len(found.neurons)),
+            f"{found.score_before:.3f}" + ("" if found.score_after is None else f" → {found.score_after:.3f}"),
+            f"{found.threshold:.3f}",
+            short_verdict(found),
         )
     return table
 

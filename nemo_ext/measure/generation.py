@@ -139,3 +139,33 @@ def generate_images(
             raise NemoError("the images hold NaN: the model overflows in this precision, use float32 (--dtype float32)")
         images += pipe.image_processor.numpy_to_pil(made)
     return images
+
+
+def sample_images(
+    sampler: Any, prompt: str, sampling: Sampling, seeds: Sequence[int], *, batch_size: int
+) -> list[Image]:
+    """Generate images of one prompt for comparison, one for each seed.
+
+    Args:
+        sampler: a pipeline from `sampler_of`. Neurons that a patch has switched off stay off.
+        prompt: the text.
+        sampling: how the images are generated, with the guidance as a number (`Sampling.resolved`).
+        seeds: the seeds of the images.
+        batch_size: the number of latents in one call of the denoiser; with guidance each image takes two.
+
+    Returns:
+        One RGB image for each seed.
+
+    Raises:
+        NemoError: the images are not finite.
+    """
+    assert sampling.guidance is not None
+    rows_of_an_image = sampling.unet_samples(1) // sampling.steps
+    return generate_images(
+        sampler,
+        [prompt] * len(seeds),
+        seeds,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        batch_size=max(1, batch_size // rows_of_an_image),
+    )

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: The side of the gray pictures that `PixelSimilarity` compares.
-_SIDE = 64
+# The side of the pictures that `PixelSimilarity` compares, and the radius of the blur that it removes, in their pixels.
+_SIDE, _BLUR = 64, 4
 
 
 class ImageSimilarity(ABC):
@@ -36,21 +37,26 @@ class ImageSimilarity(ABC):
 
 
 class PixelSimilarity(ImageSimilarity):
-    """Structural similarity or correlation of small gray pictures, whichever is lower.
+    """Correlation of the structure of small pictures, that is, of what differs from their blurred copies.
 
-    It needs no model file, and it is less reliable than SSCD: an image that is shifted or mirrored counts as another
-    one.
+    It needs no model file. Plain correlation and structural similarity take two smooth pictures of one colour for
+    copies; this measure does not. It is less reliable than SSCD: an image that is shifted or mirrored counts as
+    another one. docs/method.md, section 12, compares the two.
     """
 
-    name = "pixels (structural similarity and correlation)"
+    name = "pixels (correlation of structure)"
 
     def describe(self, images: Sequence[Image]) -> Tensor:
-        """Gray pictures of 64×64 pixels, [B, 1, 64, 64] float64 from 0 to 1."""
+        """Pictures of 64×64 pixels minus blurred copies, [B, 3·64·64] float64 of length 1; zeros for one colour."""
         from PIL import Image as pictures
+        from PIL import ImageFilter
 
-        small = [image.convert("L").resize((_SIDE, _SIDE), pictures.Resampling.BOX) for image in images]
-        return torch.from_numpy(np.stack([np.asarray(one, np.float64) / 255 for one in small])).unsqueeze(1)
+        blur = ImageFilter.GaussianBlur(_BLUR)
+        small = [image.convert("RGB").resize((_SIDE, _SIDE), pictures.Resampling.BOX) for image in images]
+        structure = np.stack([np.asarray(one, np.float64) - np.asarray(one.filter(blur), np.float64) for one in small])
+        described = torch.from_numpy(structure).flatten(1)
+        return functional.normalize(described - described.mean(1, keepdim=True), dim=1)
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
-        """The lower one of the structural similarity (σ = 1.5) and the correlation of each pair; 0 for one colour."""
-        raise NotImplementedError
+        """The Pearson correlation of every two descriptions, from -1 to 1."""
+        return (first @ second.T).clamp(max=1)

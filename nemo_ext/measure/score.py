@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from nemo_ext.errors import NemoError
+from nemo_ext.measure.generation import Sampling, sample_images, sampler_of
+from nemo_ext.measure.image_similarity import ImageSimilarity, PixelSimilarity
 from nemo_ext.measure.memory import fitting_batch_size
 from nemo_ext.measure.noise import initial_latents, noise_differences
 from nemo_ext.measure.protocol import Protocol
-from nemo_ext.measure.similarity import similarity, similarity_scales
+from nemo_ext.measure.similarity import similarity as map_similarity
+from nemo_ext.measure.similarity import similarity_scales
 from nemo_ext.models.text import encode_prompts
 
 
@@ -64,7 +67,7 @@ def pairwise_score(differences: Tensor, protocol: Protocol) -> MemorizationScore
     # All pairs are compared in one call, because an inferred data range depends on all maps of the call.
     seeds = len(differences)
     first, second = torch.combinations(torch.arange(seeds)).unbind(1)
-    values = similarity(differences[first], differences[second], protocol).double().cpu()
+    values = map_similarity(differences[first], differences[second], protocol).double().cpu()
     pairs = torch.eye(seeds, dtype=torch.float64)
     pairs[first, second] = values
     pairs[second, first] = values
@@ -78,8 +81,14 @@ def memorization_score(
     seeds: int = 10,
     protocol: Protocol | None = None,
     batch_size: int | None = None,
+    images: bool = False,
+    sampling: Sampling | None = None,
+    similarity: ImageSimilarity | None = None,
 ) -> MemorizationScore:
     """Measure how much a prompt is memorized: the similarity of its δ across seeds (docs/method.md, section 5).
+
+    With `images`, whole images of several seeds are generated and compared by the same rule (section 12). That costs
+    more, and finds prompts whose first step looks ordinary. Their scores are compared with τ_image and not with τ.
 
     Neurons that a patch has switched off stay off. The same seeds give the same result up to rounding.
 
@@ -90,15 +99,22 @@ def memorization_score(
         protocol: how to measure; None: `Protocol.paper()`.
         batch_size: latents in one call of the denoiser. It changes the result by rounding only. None: as many as
             memory allows (`fitting_batch_size`), at most `seeds`.
+        images: whether images are compared. `seeds` and `protocol` are not used then.
+        sampling: how images are generated; None: `Sampling()`.
+        similarity: how alike two images are; None: `PixelSimilarity()`.
 
     Returns:
         The similarity of every two seeds, each seed's score, and the prompt's score.
 
     Raises:
         NemoError: there are fewer than two seeds, the latents are smaller than the similarity's window, or as for
-            `noise_differences`.
+            `noise_differences` and `image_score`.
     """
     hidden = encode_prompts(pipe, [prompt])
+    if images:
+        rows = fitting_batch_size(pipe, hidden) if batch_size is None else batch_size
+        resolved = (sampling or Sampling()).resolved(pipe)
+        return image_score(pipe, prompt, resolved, similarity or PixelSimilarity(), batch_size=rows)
     return score_of_embedding(pipe, hidden, seeds, protocol or Protocol.paper(), batch_size)
 
 
@@ -115,3 +131,25 @@ def score_of_embedding(
     rows = min(seeds, fitting_batch_size(pipe, hidden) if batch_size is None else batch_size)
     differences = noise_differences(pipe, hidden, latents, protocol, batch_size=rows, guidance=guidance)
     return pairwise_score(differences, protocol)
+
+
+def image_score(
+    pipe: Any, prompt: str, sampling: Sampling, similarity: ImageSimilarity, *, batch_size: int
+) -> MemorizationScore:
+    """Compare the images of several seeds as `memorization_score` compares their δ (docs/method.md, section 12).
+
+    Args:
+        pipe: a pipeline. Neurons that a patch has switched off stay off.
+        prompt: the text.
+        sampling: how the images are generated, with the guidance as a number (`Sampling.resolved`).
+        similarity: how alike two images are.
+        batch_size: the number of latents in one call of the denoiser; with guidance each image takes two.
+
+    Raises:
+        NemoError: the images are not finite.
+    """
+    images = sample_images(sampler_of(pipe), prompt, sampling, sampling.all_seeds, batch_size=batch_size)
+    described = similarity.describe(images)
+    pairs = similarity.between(described, described)
+    pairs.fill_diagonal_(1.0)
+    return MemorizationScore(pairs)

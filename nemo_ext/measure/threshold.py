@@ -13,12 +13,14 @@ import torch
 
 from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
+from nemo_ext.measure.generation import Sampling
+from nemo_ext.measure.image_similarity import ImageSimilarity, PixelSimilarity
 from nemo_ext.measure.memory import fitting_batch_size
 from nemo_ext.measure.protocol import Protocol
-from nemo_ext.measure.score import score_of_embedding
+from nemo_ext.measure.score import image_score, score_of_embedding
 from nemo_ext.models.state import model_fingerprint, name_of_model
 from nemo_ext.models.text import check_prompts, encode_prompts
-from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.progress import Progress, ProgressLike, open_progress
 
 # The protocol's fields that scores must share to be comparable. The seeds may differ, but not their number.
 _FIELDS_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window_sigma", "threshold_guidance")
@@ -37,6 +39,40 @@ def mean_and_std(scores: Sequence[float]) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
+class ImageThreshold:
+    """τ_image, the threshold for the similarity of images (docs/method.md, section 12), with what is behind it.
+
+    Attributes:
+        value: τ_image = mean + std.
+        mean, std: the mean and the unbiased standard deviation of the scores.
+        scores: the image score of each unmemorized prompt.
+        sampling: how the images were generated.
+        similarity: the name of the similarity, `ImageSimilarity.name`.
+    """
+
+    value: float
+    mean: float
+    std: float
+    scores: tuple[float, ...]
+    sampling: Sampling
+    similarity: str
+
+    def check(self, sampling: Sampling, similarity: str) -> None:
+        """Check that τ_image applies to images that are generated and compared in a certain way.
+
+        Raises:
+            NemoError: it was measured with another sampling or similarity. The message names what differs.
+        """
+        there, now = {**self.sampling.to_dict(), "similarity": self.similarity}, sampling.to_dict()
+        for name, asked_for in {**now, "similarity": similarity}.items():
+            if name != "first_seed" and there[name] != asked_for:
+                raise NemoError(
+                    f"τ_image was measured with {name} {there[name]}, got {asked_for}: measure the threshold again "
+                    f"with this {name}"
+                )
+
+
+@dataclass(frozen=True)
 class Threshold:
     """The memorization threshold τ of a model, with the scores and settings behind it (docs/method.md, section 6).
 
@@ -50,6 +86,7 @@ class Threshold:
         protocol: how the scores were measured.
         fingerprint: `model_fingerprint` of the model, over all its value layers.
         model_name: the folder or name that the model was loaded from.
+        images: τ_image; None if no images were generated.
     """
 
     value: float
@@ -60,6 +97,7 @@ class Threshold:
     protocol: Protocol
     fingerprint: str
     model_name: str
+    images: ImageThreshold | None = None
 
     def __float__(self) -> float:
         return self.value
@@ -108,6 +146,9 @@ class Threshold:
             values = json.loads(Path(path).read_text())
             values["protocol"] = Protocol.from_dict(values["protocol"])
             values["scores"] = tuple(values["scores"])
+            if (images := values.get("images")) is not None:
+                images = {**images, "scores": tuple(images["scores"]), "sampling": Sampling(**images["sampling"])}
+                values["images"] = ImageThreshold(**images)
             return cls(**values)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise NemoError(f"{path} does not hold a threshold: {error}") from error
@@ -120,9 +161,14 @@ def memorization_threshold(
     seeds: int = 10,
     protocol: Protocol | None = None,
     batch_size: int | None = None,
+    sampling: Sampling | None = None,
+    similarity: ImageSimilarity | None = None,
+    image_prompts: int = 32,
     progress: ProgressLike = None,
 ) -> Threshold:
     """Measure τ, the mean plus one std of unmemorized prompts' scores (docs/method.md, section 6).
+
+    With `sampling`, images are generated too, and τ_image is measured by the same rule (section 12).
 
     Args:
         pipe: a pipeline.
@@ -131,6 +177,9 @@ def memorization_threshold(
         protocol: how to measure; None: `Protocol.paper()`.
         batch_size: latents in one call of the denoiser. It changes the result by rounding only. None: as many as
             memory allows (`fitting_batch_size`), at most `seeds`.
+        sampling: how images are generated for τ_image; None: it is not measured.
+        similarity: how alike two images are; None: `PixelSimilarity()`.
+        image_prompts: how many of the prompts, the first ones, have their images compared; 2 or more.
         progress: as for `nemo_ext.progress.open_progress`.
 
     Returns:
@@ -139,6 +188,8 @@ def memorization_threshold(
     Raises:
         NemoError: there are fewer than two prompts, or as for `memorization_score`.
     """
+    if sampling is not None and image_prompts < 2:
+        raise NemoError(f"image_prompts must be 2 or more for a standard deviation, got {image_prompts}")
     texts = check_prompts(prompts)
     if len(texts) < 2:
         raise NemoError(f"a standard deviation needs two prompts or more, got {len(texts)}")
@@ -147,12 +198,16 @@ def memorization_threshold(
     guidance = (protocol.threshold_guidance, empty) if protocol.threshold_guidance != 0 else None
     if batch_size is None:
         batch_size = fitting_batch_size(pipe, empty)
-    scores = []
-    with open_progress(progress) as bars, bars.task("threshold", len(texts)) as advance:
-        for text in texts:
-            hidden = encode_prompts(pipe, [text])
-            scores.append(score_of_embedding(pipe, hidden, seeds, protocol, batch_size, guidance).max)
-            advance(1)
+    scores, images = [], None
+    with open_progress(progress) as bars:
+        with bars.task("threshold", len(texts)) as advance:
+            for text in texts:
+                hidden = encode_prompts(pipe, [text])
+                scores.append(score_of_embedding(pipe, hidden, seeds, protocol, batch_size, guidance).max)
+                advance(1)
+        if sampling is not None:
+            alike = similarity or PixelSimilarity()
+            images = _image_threshold(pipe, texts[:image_prompts], sampling.resolved(pipe), alike, batch_size, bars)
     mean, std = mean_and_std(scores)
     return Threshold(
         value=mean + std,
@@ -163,4 +218,22 @@ def memorization_threshold(
         protocol=protocol,
         fingerprint=model_fingerprint(pipe, "all"),
         model_name=name_of_model(pipe),
+        images=images,
     )
+
+
+def _image_threshold(
+    pipe: Any,
+    texts: Sequence[str],
+    sampling: Sampling,
+    similarity: ImageSimilarity,
+    batch_size: int,
+    bars: Progress,
+) -> ImageThreshold:
+    scores = []
+    with bars.task("image threshold", len(texts)) as advance:
+        for text in texts:
+            scores.append(image_score(pipe, text, sampling, similarity, batch_size=batch_size).max)
+            advance(1)
+    mean, std = mean_and_std(scores)
+    return ImageThreshold(mean + std, mean, std, tuple(scores), sampling, similarity.name)

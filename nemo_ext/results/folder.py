@@ -2,7 +2,12 @@
 
     results.jsonl        one line per prompt, a JSON object (`Localization.to_dict`), in the order of the searches
     neurons/NAME.json    the neurons of a memorized prompt
-    images/NAME/         original.png, before-SEED.png and after-SEED.png, if images have been generated
+    images/NAME/         original.png, before-SEED.png and after-SEED.png, if images have been generated; after an
+                         evaluation control-DRAW-SEED.png, too, and images.json with the images' settings
+    ordinary/NAME/       the same for the ordinary prompts of an evaluation; NAME has the position in their file
+    evaluation.json      an evaluation: everything (`Evaluation.to_dict`)
+    evaluation.csv       an evaluation: one row for each prompt and stage
+    evaluation-summary.csv  an evaluation: one row for each group of prompts, stage and measure
 
 NAME is `prompt_name`: the prompt's position in results.jsonl and a hash of its text. Each result is appended with one
 write as soon as it is found, so the cost of an append does not grow with the number of results. Only one process writes
@@ -17,17 +22,27 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_ext.errors import NemoError
+from nemo_ext.files import replacing
 from nemo_ext.results.record import Localization
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 RESULTS = "results.jsonl"
 NEURONS = "neurons"
 IMAGES = "images"
 ORIGINAL = "original.png"
+ORDINARY = "ordinary"
+IMAGE_SETTINGS = "images.json"
+EVALUATION = "evaluation.json"
+EVALUATION_TABLE = "evaluation.csv"
+EVALUATION_SUMMARY = "evaluation-summary.csv"
 
 
 def prompt_name(index: int, prompt: str) -> str:
@@ -43,7 +58,8 @@ def prompt_name(index: int, prompt: str) -> str:
 
 
 def image_name(stage: str, seed: int) -> str:
-    """The name of an image's file; `stage` is "before" or "after", relative to switching the neurons off."""
+    """The name of an image's file; `stage` is "before" or "after", relative to switching the neurons off, or
+    "control-DRAW" if random neurons were off."""
     return f"{stage}-{seed}.png"
 
 
@@ -69,6 +85,10 @@ class ResultsFolder:
     def images_folder(self, index: int, prompt: str) -> Path:
         """The folder with one prompt's images."""
         return self.path / IMAGES / prompt_name(index, prompt)
+
+    def ordinary_folder(self, index: int, prompt: str) -> Path:
+        """The folder with the images of one ordinary prompt of an evaluation; `index` is its position among them."""
+        return self.path / ORDINARY / prompt_name(index, prompt)
 
     def images(self, index: int, prompt: str, stage: str) -> dict[int, Path]:
         """The existing images of one prompt: seed -> file, in the order of the seeds. `stage` as for `image_name`."""
@@ -145,15 +165,27 @@ class ResultsWriter:
         self.path = path
         self.kept = tuple(kept)
         self._anew = anew
+        self._count = len(kept)
 
-    def append(self, found: Localization) -> None:
-        """Append one result. It is on the disk when this method returns."""
+    def append(self, found: Localization, images: Mapping[str, Image] | None = None) -> None:
+        """Append one result. It is on the disk when this method returns.
+
+        Args:
+            found: the result.
+            images: the prompt's images, file name -> image; they are written first, so that a result always has them.
+        """
+        if images:
+            folder = ResultsFolder(self.path.parent).images_folder(self._count, found.prompt)
+            for name, image in images.items():
+                with replacing(folder / name) as temporary:
+                    image.save(temporary, format="PNG", optimize=True)
         line = json.dumps(found.to_dict(), allow_nan=False) + "\n"
         with self.path.open("w" if self._anew else "a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self._anew = False
+        self._count += 1
 
 
 def _mend_last_line(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -77,7 +77,7 @@ class ImageTrial:
 
     @property
     def highest(self) -> float:
-        """The highest similarity of this trial, which is compared with τ_image."""
+        """The highest similarity of this trial."""
         return max((*self.remaining, *self.diversity))
 
     @classmethod
@@ -86,6 +86,38 @@ class ImageTrial:
         return cls(
             **{**values, "remaining": tuple(values["remaining"]), "diversity": tuple(values["diversity"])},
         )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From which similarity on an image counts as a copy (docs/method.md, section 12).
+
+    Attributes:
+        remaining: with another seed's image of the untouched model, or with the training image.
+        diversity: with another seed's image with the same neurons off.
+    """
+
+    remaining: float
+    diversity: float
+
+    @classmethod
+    def of(cls, before: Sequence[float], threshold: float) -> Limits:
+        """The limits of a prompt.
+
+        Args:
+            before: the similarities of its images with no neuron off, as in `Verdict`.
+            threshold: τ_image.
+        """
+        half = max(before) / 2
+        return cls(half if max(before) > threshold else threshold, max(half, threshold))
+
+    def excess(self, trial: ImageTrial) -> tuple[float, ...]:
+        """For each seed of a trial, how many times the limit its highest similarity is; above 1 it is a copy."""
+        remaining = tuple(value / self.remaining for value in trial.remaining)
+        if not trial.diversity:
+            return remaining
+        diversity = (value / self.diversity for value in trial.diversity)
+        return tuple(map(max, zip(remaining, diversity, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -122,6 +154,11 @@ class Verdict:
     unet_samples: float
 
     @property
+    def limits(self) -> Limits:
+        """From which similarity on an image of this prompt counts as a copy."""
+        return Limits.of(self.before, self.threshold)
+
+    @property
     def replicated(self) -> bool:
         """Whether the untouched model makes the images of two seeds alike."""
         return max(self.before) > self.threshold
@@ -129,8 +166,7 @@ class Verdict:
     @property
     def copies(self) -> int:
         """The number of seeds whose image is still alike another seed's, with the neurons of the result off."""
-        pairs = zip(self.final.remaining, self.final.diversity, strict=True)
-        return sum(max(pair) > self.threshold for pair in pairs)
+        return sum(excess > 1 for excess in self.limits.excess(self.final))
 
     @property
     def silenced(self) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,16 +29,21 @@ from nemo_ext.models.state import evaluating, is_compiled
 from nemo_ext.models.text import check_prompts, encode_prompts
 from nemo_ext.patching.patch import PatchHandle, patch_handle
 from nemo_ext.progress import Progress, ProgressLike, open_progress
-from nemo_ext.results.folder import ResultsFolder
+from nemo_ext.results.folder import ORIGINAL, ResultsFolder, image_name
 from nemo_ext.results.record import Localization, Settings
 from nemo_ext.search.certificate import certify
 from nemo_ext.search.exhaustive import search_exhaustive
 from nemo_ext.search.grouped import search_grouped
 from nemo_ext.search.guided import search_guided
+from nemo_ext.search.image_runs import NOTHING, ImageRuns
 from nemo_ext.search.outcome import Outcome, Task
 from nemo_ext.search.partial_unet import EntryPoints
 from nemo_ext.search.probe import NoiseProbe
 from nemo_ext.search.runs import Runs
+from nemo_ext.search.verification import Verification, Verifier
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: The searches, under the names that `search=` takes.
 SEARCHES: Mapping[str, Callable[[Task], Outcome]] = {
@@ -44,6 +51,11 @@ SEARCHES: Mapping[str, Callable[[Task], Outcome]] = {
     "grouped": search_grouped,
     "guided": search_guided,
 }
+
+
+class _Searched(NamedTuple):
+    found: Localization
+    images: ImageRuns | None
 
 
 class Localizer:
@@ -65,10 +77,13 @@ class Localizer:
         seeds: S ≥ 2.
         batch_size: latents in one call of the denoiser; None: as many as memory allows (`fitting_batch_size`).
         layers: the layers to search, as for `value_layers`; None: the layers of the statistics.
+        verify: whether the images come back is checked in this way, and the search goes on if they do; None: only the
+            first step is looked at.
 
     Raises:
         NemoError: the statistics or the threshold belong to another model, the threshold was measured with other
-            settings or is not a similarity, a layer has no statistics, or the search is unknown.
+            settings or is not a similarity, a layer has no statistics, the search is unknown, or there is no τ_image
+            for the verification.
     """
 
     def __init__(
@@ -82,6 +97,7 @@ class Localizer:
         seeds: int = 10,
         batch_size: int | None = None,
         layers: str | Sequence[str] | None = None,
+        verify: Verification | None = None,
     ) -> None:
         if search not in SEARCHES:
             raise NemoError(f"search must be {' or '.join(map(repr, SEARCHES))}, got '{search}'")
@@ -100,6 +116,9 @@ class Localizer:
             threshold.check(pipe, self.protocol, seeds)
         # The denoiser that `_observe` has seen, its entry points, and the batch size.
         self._observed: tuple[torch.nn.Module, EntryPoints | None, int] | None = None
+        self.verify, self._memorized_images = None, 1.0
+        if verify is not None:
+            self.verify, self._memorized_images = verify.resolved(pipe, threshold)
         self.threshold = float(threshold)
         if not -1 <= self.threshold <= 1:
             raise NemoError(f"threshold must be a similarity, from -1 to 1, got {self.threshold}")
@@ -115,6 +134,7 @@ class Localizer:
             layers=self.layers,
             model=self.statistics.fingerprint,
             statistics=self.statistics.digest(),
+            verification=None if self.verify is None else self.verify.to_dict(),
         )
 
     def localize(self, prompt: str, progress: ProgressLike = None) -> Localization:
@@ -131,23 +151,39 @@ class Localizer:
             NemoError: activations or noise are not finite, the latents are smaller than the similarity's window, or the
                 pipeline is not supported.
         """
+        with open_progress(progress) as bars:
+            return self._search(prompt, bars).found
+
+    def _search(self, prompt: str, bars: Progress) -> _Searched:
         started = time.perf_counter()
         keep_freed_memory()
-        with open_progress(progress) as bars, patch_handle(self.pipe) as handle:
+        with patch_handle(self.pipe) as handle:
             hidden = encode_prompts(self.pipe, [prompt])
             probe = self._probe(handle, hidden)
             with bars.task("score", self.seeds) as advance:
                 score = probe.score().max
                 advance(self.seeds)
             kept_seeds = probe.keep_above(self.threshold)
-            outcome = SEARCHES[self.search](self._task(probe, hidden, bars)) if kept_seeds else Outcome()
+            images = self._image_runs(prompt, probe.runs.batch_size)
+            if not kept_seeds and images is not None and max(images.before()) > self._memorized_images:
+                kept_seeds = probe.keep_above(-math.inf)  # the first step has missed this prompt
+            outcome, verdict = Outcome(), None
+            search, task = SEARCHES[self.search], self._task(probe, hidden, bars)
+            if images is not None and self.verify is not None:
+                with bars.task("images") as advance:
+                    verifier = Verifier(
+                        images, self.verify, prompt=prompt, originals=self._originals, on_images=lambda: advance(1)
+                    )
+                    outcome, verdict = verifier.search(task, search) if kept_seeds else verifier.unsearched()
+            elif kept_seeds:
+                outcome = search(task)
             certificate = None
             if outcome.threshold_used is not None:
                 with bars.task("certificate", len(outcome.neurons)) as advance:
                     certificate = certify(outcome.neurons, probe, outcome.threshold_used, on_trial=lambda: advance(1))
         height, width = probe.runs.latents.shape[-2:]
         settings = self.settings
-        return Localization(
+        found = Localization(
             prompt=prompt,
             memorized=bool(kept_seeds),
             score_before=score,
@@ -161,7 +197,7 @@ class Localizer:
             initial_neurons=outcome.initial_neurons,
             neurons=outcome.neurons,
             kept_seeds=kept_seeds,
-            unet_samples=round(probe.runs.samples, 2),
+            unet_samples=round(probe.runs.samples + (0 if images is None else images.samples), 2),
             seconds=time.perf_counter() - started,
             certificate=certificate,
             search=settings.search,
@@ -171,7 +207,30 @@ class Localizer:
             similarity_scales=similarity_scales(height, width, self.protocol.window_sigma),
             model=settings.model,
             statistics=settings.statistics,
+            history=tuple(probe.history),
+            verification=settings.verification,
+            verdict=verdict,
         )
+        return _Searched(found, images)
+
+    def _image_runs(self, prompt: str, batch_size: int) -> ImageRuns | None:
+        if self.verify is None:
+            return None
+        return ImageRuns(
+            self.pipe,
+            prompt,
+            self.verify.resolved_sampling,
+            self.verify.similarity,
+            batch_size=batch_size,
+            originals=self._originals.get(prompt),
+        )
+
+    @cached_property
+    def _originals(self) -> dict[str, Tensor]:
+        """Descriptions of the known training images: prompt -> [O, …]."""
+        if self.verify is None:
+            return {}
+        return {prompt: self.verify.similarity.describe(images) for prompt, images in self.verify.originals.items()}
 
     def _probe(self, handle: PatchHandle, hidden: Tensor) -> NoiseProbe:
         entry_points, batch_size = self._observe(hidden)
@@ -251,11 +310,23 @@ class Localizer:
             advance = stack.enter_context(bars.task("prompts", len(texts)))
             for text in texts:
                 if text not in known:
-                    known[text] = self.localize(text, bars)
+                    found, images = self._search(text, bars)
+                    known[text] = found
                     if writer is not None:
-                        writer.append(known[text])
+                        writer.append(found, {} if images is None else self._pictures(found, images))
                 advance(1)
         return [known[text] for text in texts]
+
+    def _pictures(self, found: Localization, images: ImageRuns) -> dict[str, Image]:
+        """The images that the verdict is about, under their names in the results folder."""
+        assert self.verify is not None
+        pictures = {image_name("before", seed): image for seed, image in images.images(NOTHING).items()}
+        if found.memorized:
+            after = images.images(found.neurons)
+            pictures |= {image_name("after", seed): image for seed, image in after.items()}
+        for original in self.verify.originals.get(found.prompt, ())[:1]:
+            pictures[ORIGINAL] = original
+        return pictures
 
     def _check_settings(self, found: Localization, path: Path) -> None:
         there, now = found.settings, self.settings
@@ -279,6 +350,7 @@ def localize(
     seeds: int = 10,
     batch_size: int | None = None,
     layers: str | Sequence[str] | None = None,
+    verify: Verification | None = None,
     progress: ProgressLike = None,
 ) -> Localization:
     """Find the neurons of a pipeline that carry one prompt's image, if it is memorized (docs/method.md).
@@ -286,7 +358,7 @@ def localize(
     For several prompts, a `Localizer` is faster than several calls of this function.
 
     Args:
-        pipe, statistics, threshold, search, protocol, seeds, batch_size, layers: as for `Localizer`.
+        pipe, statistics, threshold, search, protocol, seeds, batch_size, layers, verify: as for `Localizer`.
         prompt: the text.
         progress: as for `nemo_ext.progress.open_progress`.
 
@@ -305,5 +377,6 @@ def localize(
         seeds=seeds,
         batch_size=batch_size,
         layers=layers,
+        verify=verify,
     )
     return localizer.localize(prompt, progress)

@@ -72,11 +72,13 @@ class NoiseProbe(Probe):
         runs: the runs of the prompt.
         answers: the similarities that are known so far.
         kept_seeds: the seeds that `remaining` compares, counted from 0; at first all of them.
+        history: what `remaining` has returned so far, in order: how many neurons were off, and the result.
     """
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self.answers = Answers(runs)
+        self.history: list[tuple[int, float]] = []
         self.kept_seeds = tuple(range(len(runs.latents)))
         self._order = SeedOrder(self.kept_seeds)
 
@@ -121,6 +123,17 @@ class NoiseProbe(Probe):
             raise NemoError("no seed is kept, because the prompt is not memorized: there is no remaining memorization")
         if len(neurons) == 0:
             return 1.0
+        highest = self._measure(neurons, stop_above, seeds, ahead)
+        self.history.append((len(neurons), highest))
+        return highest
+
+    def _measure(
+        self,
+        neurons: NeuronSet,
+        stop_above: float | None,
+        seeds: Collection[int] | None,
+        ahead: Iterable[NeuronSet],
+    ) -> float:
         limit = math.inf if stop_above is None else stop_above
         order = self._order.among(seeds)
         trials = [Trial(seed, neurons) for seed in order]

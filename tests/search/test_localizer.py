@@ -339,15 +339,15 @@ class TestManyPrompts:
 def _note_searches(localizer: Localizer, monkeypatch: pytest.MonkeyPatch, fail_at: str | None = None) -> list[str]:
     """The prompts that the localizer searches from now on; at `fail_at` somebody presses Ctrl+C."""
     searched: list[str] = []
-    search = localizer.localize
+    search = localizer._search
 
-    def noted(prompt: str, progress: object = None) -> Localization:
+    def noted(prompt: str, bars: object) -> object:
         if prompt == fail_at:
             raise KeyboardInterrupt
         searched.append(prompt)
-        return search(prompt)
+        return search(prompt, bars)
 
-    monkeypatch.setattr(localizer, "localize", noted)
+    monkeypatch.setattr(localizer, "_search", noted)
     return searched
 
 

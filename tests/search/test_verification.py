@@ -1,0 +1,245 @@
+"""Verification: a set is an answer only if the images are gone, and the search goes on while they are not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fake_images import FakeImages, Remaining
+from fake_probe import LAYERS, FakeProbe, additive
+from tiny_pipeline import Planted, planted_pipeline
+from torch import Tensor
+
+from nemo_ext.errors import NemoError
+from nemo_ext.measure.generation import Sampling
+from nemo_ext.measure.image_similarity import PixelSimilarity
+from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.statistics import ActivationStatistics, collect_statistics
+from nemo_ext.measure.threshold import Threshold, memorization_threshold
+from nemo_ext.neurons import NeuronSet
+from nemo_ext.progress import Progress
+from nemo_ext.results.folder import ResultsFolder, read_results
+from nemo_ext.results.record import Localization, Verdict
+from nemo_ext.search.exhaustive import search_exhaustive
+from nemo_ext.search.localizer import Localizer, localize
+from nemo_ext.search.outcome import Outcome, Task
+from nemo_ext.search.verification import Verification, Verifier
+
+FIRST, SECOND, THIRD = (LAYERS[0], 1), (LAYERS[1], 4), (LAYERS[3], 7)
+#: What each neuron contributes to the first step; THIRD carries the image without being needed there.
+WEIGHTS = {FIRST: 0.5, SECOND: 0.2, THIRD: 0.05}
+TAU, TAU_IMAGE = 0.6, 0.4
+
+
+class ZScores(ActivationStatistics):
+    """The z-scores of a prompt that the test gives: neurons of `WEIGHTS` stand out, the more the more they weigh."""
+
+    def z_scores(self, activation: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {layer: values.double() for layer, values in activation.items()}
+
+
+def activations() -> dict[str, Tensor]:
+    values = {layer: torch.zeros(9) for layer in LAYERS}
+    for number, (layer, index) in enumerate(WEIGHTS):
+        values[layer][index] = 6.0 - number
+    return values
+
+
+def shown_by(*carriers: tuple[str, int]) -> Remaining:
+    """Every seed shows the image until all carriers are off."""
+    wanted = NeuronSet.from_pairs(carriers)
+    return lambda neurons, place: 0.1 if len(wanted - neurons) == 0 else 0.9
+
+
+def verified(images: FakeImages, **settings: int) -> tuple[Outcome, Verdict]:
+    verifier = Verifier(
+        images,  # type: ignore[arg-type]
+        Verification(sampling=Sampling(guidance=1.0), threshold=TAU_IMAGE, **settings),
+        prompt="a caption",
+        originals={},
+    )
+    with Progress(False) as bars:
+        widths = dict.fromkeys(LAYERS, 9)
+        probe = FakeProbe(additive(WEIGHTS))
+        task = Task(probe, activations, ZScores({}), widths, TAU, Protocol.paper(), bars)  # type: ignore[arg-type]
+        return verifier.search(task, search_exhaustive)
+
+
+class TestSearch:
+    def test_ends_with_the_first_set_if_its_images_are_gone(self) -> None:
+        outcome, verdict = verified(FakeImages(shown_by(FIRST)))
+        assert outcome.neurons == NeuronSet.from_pairs([FIRST])
+        assert verdict.silenced
+        assert [trial.criterion for trial in verdict.trials] == ["first step"]
+
+    def test_lowers_the_threshold_while_images_replicate(self) -> None:
+        outcome, verdict = verified(FakeImages(shown_by(FIRST, SECOND)))
+        assert outcome.neurons == NeuronSet.from_pairs([FIRST, SECOND])
+        assert verdict.silenced
+        assert verdict.final.criterion.startswith("first step, τ lowered to 0.")
+        assert verdict.trials[0].remaining == (0.9,) * 4
+
+    def test_says_which_threshold_the_set_was_found_with(self) -> None:
+        outcome, _ = verified(FakeImages(shown_by(FIRST, SECOND)))
+        assert outcome.threshold_used is not None
+        assert outcome.threshold_used < TAU
+
+    def test_one_seed_that_replicates_is_enough_to_go_on(self) -> None:
+        def one_seed(neurons: NeuronSet, place: int) -> float:
+            return 0.9 if place == 2 and SECOND not in neurons.pairs() else 0.1
+
+        outcome, verdict = verified(FakeImages(one_seed))
+        assert SECOND in outcome.neurons.pairs()
+        assert [excess > 1 for excess in verdict.limits.excess(verdict.trials[0])] == [False, False, True, False]
+
+    def test_images_that_are_alike_among_themselves_replicate(self) -> None:
+        """Another memorized image has taken the place of the first."""
+        images = FakeImages(shown_by(FIRST), diversity=lambda neurons: 0.1 if SECOND in neurons.pairs() else 0.9)
+        outcome, verdict = verified(images)
+        assert SECOND in outcome.neurons.pairs()
+        assert verdict.silenced
+
+    def test_judges_by_images_where_no_threshold_helps(self) -> None:
+        outcome, verdict = verified(FakeImages(shown_by(THIRD)), stricter=0)
+        assert outcome.neurons == NeuronSet.from_pairs([THIRD])
+        assert verdict.silenced
+        assert verdict.final.criterion == "images"
+        assert any("found by the images" in note for note in outcome.notes)
+
+    def test_keeps_the_first_set_where_nothing_helps_and_says_so(self) -> None:
+        outcome, verdict = verified(FakeImages(lambda neurons, place: 0.9))
+        assert outcome.neurons == NeuronSet.from_pairs([FIRST])
+        assert not verdict.silenced
+        assert verdict.copies == 4
+        assert verdict.trials[-1].neurons == 9 * len(LAYERS)
+
+    def test_by_images_stays_within_its_budget(self) -> None:
+        images = FakeImages(shown_by(THIRD))
+        outcome, verdict = verified(images, stricter=0, budget=5)
+        assert verdict.silenced  # a larger set than necessary
+        assert THIRD in outcome.neurons.pairs()
+        assert any("5 images were spent" in note for note in outcome.notes)
+        in_search = images.generated - 4 * len(verdict.trials)
+        assert 0 <= in_search <= 5
+
+    def test_generates_no_image_twice(self) -> None:
+        images = FakeImages(shown_by(FIRST))
+        _, verdict = verified(images)
+        assert verdict.unet_samples == 20 * (4 + 4)
+
+
+class TestLimits:
+    def test_half_as_alike_as_before_is_a_copy(self) -> None:
+        _, verdict = verified(FakeImages(lambda neurons, place: 0.48, before=(0.95, 0.95)))
+        assert verdict.limits.remaining == pytest.approx(0.475)
+        assert verdict.copies == 2
+
+    def test_diversity_may_be_what_ordinary_prompts_have(self) -> None:
+        _, verdict = verified(FakeImages(shown_by(FIRST), diversity=lambda neurons: 0.39, before=(0.7, 0.7)))
+        assert verdict.silenced
+
+    def test_prompt_whose_images_differ_from_the_start_has_nothing_to_silence(self) -> None:
+        _, verdict = verified(FakeImages(lambda neurons, place: 0.3, before=(0.35, 0.3)))
+        assert not verdict.replicated
+        assert verdict.silenced
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return planted_pipeline()
+
+
+@pytest.fixture(scope="module")
+def statistics(planted: Planted) -> ActivationStatistics:
+    return collect_statistics(planted.pipe, planted.ordinary_prompts)
+
+
+SAMPLING = Sampling(seeds=2, steps=2, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def threshold(planted: Planted) -> Threshold:
+    return memorization_threshold(planted.pipe, planted.ordinary_prompts[:4], seeds=3, sampling=SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def found(planted: Planted, statistics: ActivationStatistics, threshold: Threshold) -> Localization:
+    return localize(
+        planted.pipe,
+        planted.memorized_prompt,
+        statistics=statistics,
+        threshold=threshold,
+        seeds=3,
+        verify=Verification(),
+    )
+
+
+class TestOnAPipeline:
+    def test_result_survives_json(self, found: Localization) -> None:
+        assert found.verdict is not None
+        assert Localization.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
+
+    def test_images_count_as_samples(
+        self, found: Localization, planted: Planted, statistics: ActivationStatistics, threshold: Threshold
+    ) -> None:
+        unverified = localize(
+            planted.pipe, planted.memorized_prompt, statistics=statistics, threshold=threshold, seeds=3
+        )
+        assert found.verdict is not None
+        assert unverified.verified is None
+        assert found.unet_samples >= unverified.unet_samples + found.verdict.unet_samples
+        assert found.verdict.unet_samples == 2 * SAMPLING.steps * (1 + len(found.verdict.trials))
+
+    def test_images_are_written_with_the_result(
+        self, tmp_path: Path, planted: Planted, statistics: ActivationStatistics, threshold: Threshold
+    ) -> None:
+        localizer = Localizer(planted.pipe, statistics=statistics, threshold=threshold, seeds=3, verify=Verification())
+        prompts = [planted.ordinary_prompts[0], planted.memorized_prompt]
+        found = localizer.localize_many(prompts, out=tmp_path)
+        folder = ResultsFolder(tmp_path)
+        assert read_results(tmp_path) == found
+        for index, one in enumerate(found):
+            assert list(folder.images(index, one.prompt, "before")) == [1, 2]
+            assert list(folder.images(index, one.prompt, "after")) == ([1, 2] if one.memorized else [])
+
+    def test_pipeline_is_as_before(self, planted: Planted, found: Localization) -> None:
+        assert type(planted.pipe.scheduler).__name__ == "DDIMScheduler"
+        assert planted.pipe._progress_bar_config == {"disable": True}
+
+    def test_threshold_without_images_is_refused(self, planted: Planted, statistics: ActivationStatistics) -> None:
+        with pytest.raises(NemoError, match="verification needs τ_image"):
+            Localizer(planted.pipe, statistics=statistics, threshold=0.5, verify=Verification())
+
+    def test_other_sampling_than_that_of_the_threshold_is_refused(
+        self, planted: Planted, statistics: ActivationStatistics, threshold: Threshold
+    ) -> None:
+        verify = Verification(sampling=Sampling(seeds=2, steps=3, guidance=1.0))
+        with pytest.raises(NemoError, match="τ_image was measured with steps 2, got 3"):
+            Localizer(planted.pipe, statistics=statistics, threshold=threshold, seeds=3, verify=verify)
+
+    def test_other_similarity_than_that_of_the_threshold_is_refused(
+        self, planted: Planted, statistics: ActivationStatistics, threshold: Threshold
+    ) -> None:
+        class Other(PixelSimilarity):
+            name = "another"
+
+        verify = Verification(similarity=Other())
+        with pytest.raises(NemoError, match=r"τ_image was measured with similarity pixels .*, got another"):
+            Localizer(
+                planted.pipe,
+                statistics=statistics,
+                threshold=threshold,
+                seeds=3,
+                verify=Verification(similarity=Other()),
+            )
+
+    def test_results_with_another_verification_are_not_mixed(
+        self, tmp_path: Path, planted: Planted, statistics: ActivationStatistics, threshold: Threshold
+    ) -> None:
+        prompts = planted.ordinary_prompts[:1]
+        options = {"statistics": statistics, "threshold": threshold, "seeds": 3}
+        Localizer(planted.pipe, **options).localize_many(prompts, out=tmp_path)  # type: ignore[arg-type]
+        with pytest.raises(NemoError, match="results with another verification"):
+            Localizer(planted.pipe, **options, verify=Verification()).localize_many(  # type: ignore[arg-type]
+                prompts, out=tmp_path
+            )
