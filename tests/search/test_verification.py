@@ -230,7 +230,7 @@ class TestOnAPipeline:
                 statistics=statistics,
                 threshold=threshold,
                 seeds=3,
-                verify=Verification(similarity=Other()),
+                verify=verify,
             )
 
     def test_results_with_another_verification_are_not_mixed(
