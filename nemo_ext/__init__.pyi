@@ -2,8 +2,10 @@
 
 from . import ops as ops
 from .errors import NemoError as NemoError
+from .measure.generation import Sampling as Sampling
 from .measure.protocol import Protocol as Protocol
 from .measure.score import memorization_score as memorization_score
+from .measure.sscd import Sscd as Sscd
 from .measure.statistics import ActivationStatistics as ActivationStatistics
 from .measure.statistics import collect_statistics as collect_statistics
 from .measure.threshold import Threshold as Threshold
@@ -15,5 +17,6 @@ from .patching.patch import unpatch as unpatch
 from .results.record import Localization as Localization
 from .search.localizer import Localizer as Localizer
 from .search.localizer import localize as localize
+from .search.verification import Verification as Verification
 
 __version__: str

@@ -70,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(parser, "--out", "the folder for the results", metavar="DIR")
     parser.add_argument(
         "--search",
-        choices=("exhaustive", "grouped", "guided"),
-        default="exhaustive",
-        help="exhaustive (default): the paper's search, one candidate at a time; grouped: several candidates at a "
-        "time, for a fraction of the cost; guided: a still faster search by a gradient",
+        choices=("grouped", "exhaustive", "guided"),
+        default="grouped",
+        help="grouped (default): the paper's decisions, several candidates at a time; exhaustive: the paper's search, "
+        "one candidate at a time; guided: a still faster search by a gradient",
     )
     add_scoring(parser)
     images = parser.add_argument_group("verification on images")

@@ -9,8 +9,9 @@ from nemo_ext.commands.shared import NOTHING_WRITTEN, add_path, results_table, s
 NAME = "report"
 SUMMARY = "show all results on one HTML page"
 DESCRIPTION = """\
-Show the results of a search on one HTML page: scores before and after, neurons per layer, certificates, and
-images if there are any. The page contains all plots and images, and needs no JavaScript.
+Show the results of a search on one HTML page: the verdict on each prompt, its scores and images before and
+after, the trials of the search, neurons per layer, and certificates. The page contains all plots and images, and
+needs no JavaScript.
 
 reads   --results DIR  DIR/results.jsonl, which `nemo-ext localize` wrote; and original.png, before-SEED.png and
                        after-SEED.png in DIR/images/NNNN-HASH/, if they exist

@@ -14,19 +14,19 @@ from rich.table import Table
 
 from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
-from nemo_ext.measure.generation import generate_images
+from nemo_ext.measure.generation import Sampling, generate_images
 from nemo_ext.measure.score import memorization_score
 from nemo_ext.measure.statistics import collect_statistics
 from nemo_ext.measure.threshold import memorization_threshold
 from nemo_ext.models.loading import load_pipeline
-from nemo_ext.neurons import NeuronSet
-from nemo_ext.patching.patch import patched
 from nemo_ext.progress import Progress
 from nemo_ext.report.images import contact_sheet
 from nemo_ext.report.page import PromptImages, find_images, write_report
-from nemo_ext.results.folder import ORIGINAL, ResultsFolder, image_name
+from nemo_ext.results.folder import ResultsFolder
 from nemo_ext.results.record import Localization
+from nemo_ext.results.words import short_verdict
 from nemo_ext.search.localizer import Localizer
+from nemo_ext.search.verification import Verification
 
 from .captions import MEMORIZED, TEMPLATES, VERBATIM, Memorized, holdout_captions, ordinary_captions
 
@@ -35,11 +35,14 @@ MODEL = Path(__file__).with_name("model")
 _ORIGINALS = Path(__file__).with_name("originals")
 
 SHOWN: tuple[Memorized, ...] = (VERBATIM[0], VERBATIM[3], VERBATIM[8], TEMPLATES[1])
-SEEDS = 4
+#: How the model card's images are generated. Those of the demo take fewer steps (`SAMPLING`).
 STEPS = 25
 GUIDANCE = 3.0
+SAMPLING = Sampling(seeds=4, first_seed=1, steps=10, guidance=GUIDANCE)
 #: The numbers of ordinary captions for each step. All are different, and drawn with seed 2024 in this order.
 STATISTICS_PROMPTS, THRESHOLD_PROMPTS, DETECTION_PROMPTS = 1000, 50, 8
+#: The number of threshold captions whose images are compared for τ_image.
+IMAGE_PROMPTS = 16
 #: The number of titles among the captions for statistics. With them, being a title does not make a z-score high.
 STATISTICS_TITLES = 200
 
@@ -119,59 +122,32 @@ def run(out: Path) -> None:
 
     with Progress() as bars:
         statistics = collect_statistics(pipe, holdout, progress=bars)
-        threshold = memorization_threshold(pipe, ordinary, progress=bars)
+        threshold = memorization_threshold(
+            pipe, ordinary, sampling=SAMPLING, image_prompts=IMAGE_PROMPTS, progress=bars
+        )
         texts = [*(what.caption for what in MEMORIZED), *unseen]
         scores = {}
         with bars.task("detection", len(texts)) as advance:
             for text in texts:
                 scores[text] = memorization_score(pipe, text).max
                 advance(1)
-        localizer = Localizer(pipe, statistics=statistics, threshold=threshold)
+        verify = Verification(originals={what.caption: original_images(what) for what in MEMORIZED})
+        localizer = Localizer(pipe, statistics=statistics, threshold=threshold, verify=verify)
         # Existing results are replaced, because they may come from the model of another version.
         found = localizer.localize_many([what.caption for what in SHOWN], out, resume=False, progress=bars)
-        pictures = [
-            _before_and_after(pipe, what, one.neurons, folder.images_folder(i, one.prompt), bars)
-            for i, (what, one) in enumerate(zip(SHOWN, found, strict=True))
-        ]
 
+    images = find_images(out, found)
     statistics.save(out / "statistics.safetensors")
     threshold.save(out / "threshold.json")
     _write_lines(out / "ordinary.txt", holdout)
     _write_lines(out / "memorized.txt", [what.caption for what in MEMORIZED])
     folder.save_neurons(found)
     with replacing(out / "contact-sheet.png") as temporary:
-        _sheet(found, pictures).save(temporary, format="PNG", optimize=True)
-    write_report(out / "report.html", found, images=find_images(out, found), title="nemo-ext demo")
+        _sheet(found, [images[index] for index in range(len(found))]).save(temporary, format="PNG", optimize=True)
+    write_report(out / "report.html", found, images=images, title="nemo-ext demo")
     console.print(_detection_table(scores, float(threshold)))
-    console.print(_result_table(found, pictures))
+    console.print(_result_table(found))
     console.print(_next_steps(out), markup=False, highlight=False, soft_wrap=True)
-
-
-def _before_and_after(
-    pipe: StableDiffusionPipeline, what: Memorized, neurons: NeuronSet, folder: Path, bars: Progress
-) -> PromptImages:
-    """Generate images with four seeds before and after switching neurons off, and write them to `folder`."""
-    seeds = range(1, SEEDS + 1)
-    prompts = [what.caption] * SEEDS
-    with bars.task("images", 2 * SEEDS) as advance:
-        before = generate(pipe, prompts, seeds)
-        advance(SEEDS)
-        with patched(pipe, neurons):
-            after = generate(pipe, prompts, seeds)
-        advance(SEEDS)
-    images = PromptImages(
-        original=original_images(what)[0],
-        before=dict(zip(seeds, before, strict=True)),
-        after=dict(zip(seeds, after, strict=True)),
-    )
-    files: dict[str, Any] = {ORIGINAL: images.original}
-    files |= {image_name("before", seed): image for seed, image in images.before.items()}
-    files |= {image_name("after", seed): image for seed, image in images.after.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, image in files.items():
-        with replacing(folder / name) as temporary:
-            image.save(temporary, format="PNG", optimize=True)
-    return images
 
 
 def _sheet(found: Sequence[Localization], pictures: Sequence[PromptImages]) -> Image.Image:
@@ -200,28 +176,23 @@ def _detection_table(scores: Mapping[str, float], threshold: float) -> Table:
     return table
 
 
-def _result_table(found: Sequence[Localization], pictures: Sequence[PromptImages]) -> Table:
-    table = Table(title="Localization: similarity of noise differences, and of images to the original")
+def _result_table(found: Sequence[Localization]) -> Table:
+    table = Table(title="Localization: similarity of noise differences, and of images to the training image")
     table.add_column("caption")
-    for column in ("neurons", "similarity", "image correlation", "U-Net samples", "seconds"):
+    for column in ("neurons", "first step", "images", "with training image", "U-Net samples", "seconds"):
         table.add_column(column, justify="right")
-    for what, one, images in zip(SHOWN, found, pictures, strict=True):
-        originals = original_images(what)
-        before, after = (
-            float(np.median([correlation(_image(i), originals) for i in group.values()]))
-            for group in (images.before, images.after)
-        )
-        left = "–" if one.score_after is None else f"{one.score_after:.3f}"
+    for one in found:
+        after = "–" if one.score_after is None else f"{one.score_after:.3f}"
+        verdict = one.verdict
+        assert verdict is not None  # the demo verifies, and knows all training images
+        assert verdict.originals_before is not None
+        assert verdict.originals_after is not None
+        before_and_after = (float(np.median(values)) for values in (verdict.originals_before, verdict.originals_after))
         table.add_row(
-            one.prompt, str(len(one.neurons)), f"{one.score_before:.3f} → {left}",
-            f"{before:.2f} → {after:.2f}", str(one.unet_samples), f"{one.seconds:.1f}",
+            one.prompt, str(len(one.neurons)), f"{one.score_before:.3f} → {after}", short_verdict(one),
+            " → ".join(f"{value:.2f}" for value in before_and_after), f"{one.unet_samples:.0f}", f"{one.seconds:.1f}",
         )  # fmt: skip
     return table
-
-
-def _image(image: Any) -> Image.Image:
-    assert isinstance(image, Image.Image)  # PromptImages accepts paths too, but the demo only has images
-    return image
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:

@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, Any
 from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
 from nemo_ext.models.registry import short_layer_name
-from nemo_ext.neurons import NeuronSet
-from nemo_ext.report.images import data_uri
-from nemo_ext.report.plots import certificate_plot, layer_plot, score_plot
+from nemo_ext.report.grid import image_grid
+from nemo_ext.report.heat_map import layer_counts, neuron_map
+from nemo_ext.report.plots import certificate_plot, score_plot, search_plot
+from nemo_ext.report.summary import LOOKS, counts, summary_row
+from nemo_ext.report.tables import ReportTable
 from nemo_ext.results.folder import ORIGINAL, ResultsFolder, prompt_name
+from nemo_ext.results.words import meaning, other_images, verdict_figures, verdict_headline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from nemo_ext.results.record import Localization
+
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,19 @@ def write_report(
     localizations: Sequence[Localization],
     *,
     images: Mapping[int, PromptImages] | None = None,
+    tables: Sequence[ReportTable] = (),
     title: str = "NeMo report",
 ) -> Path:
     """Write a self-contained HTML file that shows the results of several prompts.
 
-    Equal results and images give equal files.
+    Equal results, images and tables give equal files.
 
     Args:
         path: the HTML file. It is written atomically.
         localizations: the results, in the order in which the page shows them.
         images: position in `localizations` -> the images of that prompt, as `find_images` returns them; None: no
             images.
+        tables: further tables, which the page shows after its summary.
         title: the page's title.
 
     Returns:
@@ -93,51 +100,58 @@ def write_report(
     """
     if not localizations:
         raise NemoError("there is nothing to report, because there are no results: run `nemo-ext localize` first")
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["short_layer_name"] = short_layer_name
     images = images or {}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    memorized = [found for found in localizations if found.memorized]
-    union = NeuronSet.union(found.neurons for found in memorized)
-    page = environment.from_string(template).render(
+    # The first of equal prompts is the one that others refer to.
+    numbers = {found.prompt: number for number, found in reversed(list(enumerate(localizations, start=1)))}
+    page = environment.get_template("page.html.jinja").render(
         title=title,
-        total=len(localizations),
-        memorized=len(memorized),
-        silenced=sum(found.below_threshold for found in memorized),
-        neurons=len(union),
-        layers={layer: len(indices) for layer, indices in union.items()},
+        counts=counts(localizations),
+        rows=[summary_row(found) for found in localizations],
         scores_plot=score_plot(localizations),
-        layers_plot=layer_plot(memorized) if union else None,
-        prompts=[_section(index, found, images.get(index)) for index, found in enumerate(localizations)],
+        compared=any(found.verdict for found in localizations),
+        tables=tables,
+        map=neuron_map(localizations),
+        layers=layer_counts(localizations),
+        prompts=[_section(index, found, images.get(index), numbers) for index, found in enumerate(localizations)],
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Path(path)
 
 
-def _section(index: int, found: Localization, images: PromptImages | None) -> dict[str, Any]:
+def _section(
+    index: int, found: Localization, images: PromptImages | None, numbers: Mapping[str, int]
+) -> dict[str, Any]:
     """All values that the template shows for one prompt."""
-    certificate = found.certificate
+    certificate, verdict = found.certificate, found.verdict
     return {
         "number": index + 1,
-        "anchor": f"prompt-{index + 1}",
         "name": prompt_name(index, found.prompt),
         "found": found,
-        "silenced": found.below_threshold,
-        "neurons": [
-            {"layer": layer, "short": short_layer_name(layer), "indices": list(indices)}
-            for layer, indices in found.neurons.items()
-        ],
+        "verdict": verdict,
+        "headline": verdict_headline(found),
+        "figures": verdict_figures(found),
+        "look": LOOKS[meaning(found)],
+        "replicates": [max(verdict.limits.excess(trial)) > 1 for trial in verdict.trials] if verdict else (),
+        # A set that was tried twice is the result with its last trial.
+        "final": max((i for i, trial in enumerate(verdict.trials) if trial == verdict.final), default=None)
+        if verdict
+        else None,
+        "other_images": other_images(verdict) if verdict and found.memorized else 0,
+        "grid": image_grid(found, images, number=index + 1, numbers=numbers),
+        "search_plot": search_plot(found) if len(found.history) > 1 else None,
+        "passed": sum(value <= found.threshold for _, value in found.history),
         "protocol": json.dumps(found.protocol.to_dict(), sort_keys=True),
         "certificate": certificate,
-        "certificate_plot": (certificate_plot(found) if certificate and certificate.each_on else None),
-        "original": data_uri(images.original) if images and images.original else None,
-        "strips": [
-            (name, {seed: data_uri(image) for seed, image in strip.items()})
-            for name, strip in (("before", images.before), ("after", images.after))
-            if strip
-        ]
-        if images
-        else [],
+        "certificate_plot": certificate_plot(found) if certificate and certificate.each_on else None,
     }

@@ -64,7 +64,8 @@ class ImageTrial:
         neurons: how many neurons were off.
         criterion: what the set was found by: "first step", "first step, τ lowered to 0.401" or "images".
         score: the remaining memorization at the first step; None if it was not measured.
-        remaining: for each seed's image, the highest similarity with another seed's image of the untouched model.
+        remaining: for each seed's image, the highest similarity with another seed's image of the untouched model, or
+            with the prompt's training image where it is known.
         diversity: for each seed's image, the highest similarity with another seed's image with the same neurons off. It
             is empty if only some seeds were generated, because one of them already replicated.
     """

@@ -69,10 +69,10 @@ class Localizer:
         statistics: μ and σ of this model's activations.
         threshold: τ, either a number from -1 to 1, or a `Threshold` that was measured on this model with the same
             protocol and number of seeds.
-        search: "exhaustive" is the paper's search. "grouped" switches several candidates on in one trial, for a
-            fraction of the U-Net samples; its set differs from the paper's only if switching a neuron on lowers the
-            score somewhere. "guided" ranks all searched neurons by a gradient and bisects; it needs still fewer
-            samples, and its set can differ.
+        search: "grouped" takes the paper's decisions with several candidates in one trial, for a fraction of the U-Net
+            samples; its set differs from the paper's only if switching a neuron on lowers the score somewhere.
+            "exhaustive" is the paper's search, one candidate at a time. "guided" ranks all searched neurons by a
+            gradient and bisects; it needs still fewer samples at the first step, and its set can differ.
         protocol: how to measure and search; None: `Protocol.paper()`.
         seeds: S ≥ 2.
         batch_size: latents in one call of the denoiser; None: as many as memory allows (`fitting_batch_size`).
@@ -92,7 +92,7 @@ class Localizer:
         *,
         statistics: ActivationStatistics,
         threshold: float | Threshold,
-        search: str = "exhaustive",
+        search: str = "grouped",
         protocol: Protocol | None = None,
         seeds: int = 10,
         batch_size: int | None = None,
@@ -345,7 +345,7 @@ def localize(
     *,
     statistics: ActivationStatistics,
     threshold: float | Threshold,
-    search: str = "exhaustive",
+    search: str = "grouped",
     protocol: Protocol | None = None,
     seeds: int = 10,
     batch_size: int | None = None,

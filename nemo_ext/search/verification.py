@@ -252,10 +252,10 @@ class Verifier:
         )
 
     def _instead(self, neurons: NeuronSet) -> tuple[str | None, ...] | None:
-        """For each seed, the other prompt whose training image appears, with a similarity above τ_image."""
+        """For each seed, the other prompt whose training image appears: it is as similar as a copy would be."""
         if not self._originals:
             return None
         nearest = self._runs.nearest(neurons, self._originals)
         return tuple(
-            prompt if prompt != self._prompt and value > self._threshold else None for prompt, value in nearest
+            prompt if prompt != self._prompt and value > self._limits.remaining else None for prompt, value in nearest
         )

@@ -101,6 +101,7 @@ def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Localization" in done.stdout
+    assert "gone in 4 of 4 images" in " ".join(done.stdout.split())
     assert "nemo-ext localize" in done.stdout
     for name in ("contact-sheet.png", "report.html", "statistics.safetensors", "threshold.json", "memorized.txt"):
         assert (out / name).stat().st_size > 0
@@ -110,7 +111,11 @@ def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
     before, after = [], []
     for what, found, folder in zip(SHOWN, results, folders, strict=True):
         assert found.memorized
+        assert found.verified
+        assert found.verdict is not None
+        assert found.verdict.replicated
         assert 0 < len(found.neurons) <= 43  # 5 % of the searched ones
+        assert len(list(folder.glob("before-*.png"))) == len(list(folder.glob("after-*.png"))) == 4
         own_before, own_after = (
             [correlation(Image.open(path), original_images(what)) for path in folder.glob(pattern)]
             for pattern in ("before-*.png", "after-*.png")

@@ -18,7 +18,6 @@ class FakeImages:
         remaining: how much of the image each seed still shows.
         diversity: how alike the seeds' images are with neurons off; None: not at all.
         before: the same for the untouched model.
-        originals: whether the training image is known; it is what the untouched model shows.
     """
 
     def __init__(

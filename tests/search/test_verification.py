@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -126,6 +127,32 @@ class TestSearch:
         images = FakeImages(shown_by(FIRST))
         _, verdict = verified(images)
         assert verdict.unet_samples == 20 * (4 + 4)
+
+
+class TestOriginals:
+    ORIGINALS: ClassVar = {"a caption": torch.zeros(1, 2), "another caption": torch.ones(1, 2)}
+
+    def verdict(self, images: FakeImages) -> Verdict:
+        settings = Verification(sampling=Sampling(guidance=1.0), threshold=TAU_IMAGE)
+        verifier = Verifier(images, settings, prompt="a caption", originals=self.ORIGINALS)  # type: ignore[arg-type]
+        return verifier.unsearched()[1]
+
+    def test_of_another_prompt_is_named_where_it_appears(self) -> None:
+        """`FakeImages.nearest` gives every second seed the image of the other caption."""
+        verdict = self.verdict(FakeImages(lambda neurons, place: 0.8))
+        assert verdict.instead == (None, "another caption", None, "another caption")
+
+    def test_of_another_prompt_does_not_appear_if_it_is_merely_the_nearest(self) -> None:
+        verdict = self.verdict(FakeImages(lambda neurons, place: 0.45))
+        assert verdict.instead == (None,) * 4
+
+    def test_similarity_with_them_is_kept(self) -> None:
+        verdict = self.verdict(FakeImages(lambda neurons, place: 0.3 + place / 10))
+        assert verdict.originals_after == pytest.approx((0.3, 0.4, 0.5, 0.6))
+
+    def test_unknown_ones_are_none(self) -> None:
+        _, verdict = verified(FakeImages(shown_by(FIRST)))
+        assert (verdict.originals_before, verdict.originals_after, verdict.instead) == (None, None, None)
 
 
 class TestLimits:
