@@ -70,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(parser, "--out", "the folder for the results", metavar="DIR")
     parser.add_argument(
         "--search",
-        choices=("grouped", "exhaustive", "guided"),
+        choices=("grouped", "exhaustive"),
         default="grouped",
         help="grouped (default): the paper's decisions, several candidates at a time; exhaustive: the paper's search, "
-        "one candidate at a time; guided: a still faster search by a gradient",
+        "one candidate at a time",
     )
     add_scoring(parser)
     images = parser.add_argument_group("verification on images")

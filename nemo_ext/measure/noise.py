@@ -51,7 +51,6 @@ def noise_differences(
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
     guidance: tuple[float, Tensor] | None = None,
-    differentiable: bool = False,
 ) -> Tensor:
     """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (docs/method.md, section 3).
 
@@ -66,7 +65,6 @@ def noise_differences(
             always gets this many.
         guidance: (g, embedding of the empty prompt [1, T, K]) for ε(y) + g (ε("") − ε(y)), which evaluates every latent
             twice; None: no guidance.
-        differentiable: whether autograd records the computation.
 
     Returns:
         δ, [S, C, H, W] float32 on the denoiser's device. A channel whose values are all equal is 0.
@@ -87,7 +85,7 @@ def noise_differences(
         return predict(padded, embedding)[: len(batch)]
 
     differences = []
-    with evaluating(pipe), torch.set_grad_enabled(differentiable):
+    with evaluating(pipe):
         for batch in latents.float().to(denoiser.device).split(batch_size):
             noise = predicted(hidden, batch)
             if guidance is not None:

@@ -36,8 +36,7 @@ class Certificate:
         each_on: for every neuron of the set, the remaining memorization with that neuron on again.
         below_threshold: whether `score` is at most τ.
         minimal: whether every neuron is needed (1-minimality), which means that no score in `each_on` is below τ. The
-            guided search guarantees it. The others do not, because a neuron that is needed when it is
-            tried can become superfluous later.
+            searches do not guarantee it, because a neuron that is needed when it is tried can become superfluous later.
     """
 
     threshold: float
@@ -214,12 +213,12 @@ class Localization:
         score_before: the prompt's score, the highest similarity between the δ of two seeds (docs/method.md, section 5).
         score_after: the remaining memorization with `neurons` off (docs/method.md, section 7).
         floor: the remaining memorization with all searched neurons off. None if it was not measured: the protocol does
-            not ask for it, or a guided search has reached the threshold.
+            not ask for it, or the grouped search did not need it.
         threshold: the requested τ.
         threshold_used: the τ that the search used. It is higher than `threshold` if that could not be reached.
         notes: sentences that explain why τ was raised; empty if it was not.
-        theta, top_k: θ and k of the initial selection; None in a guided search, which has no initial selection.
-        initial_neurons: the neurons of the initial selection; empty in a guided search.
+        theta, top_k: θ and k of the initial selection; None if the set was found by the images, among all neurons.
+        initial_neurons: the neurons of the initial selection.
         neurons: the neurons that carry the image.
         kept_seeds: the seeds whose score is above τ, counted from 0.
         unet_samples: the number of latents that the denoiser has evaluated for this result. A run through a part of the
@@ -227,7 +226,7 @@ class Localization:
             `Localizer`, are not counted.
         seconds: the wall time. Runs with the same batch size differ in this field alone.
         certificate: the certificate of `neurons`.
-        search: "exhaustive", "grouped" or "guided".
+        search: "grouped" or "exhaustive".
         protocol: how the prompt was measured and searched.
         seeds: S, the number of seeds.
         layers: the searched value layers, in network order.

@@ -41,13 +41,6 @@ class CachedRows:
         self._rows[seed].move_to_end(match)
         return latest, self._rows[seed][match]
 
-    def entry_before(self, seed: int, layers: Sequence[str]) -> tuple[int, Row]:
-        """The entry point before the first of some layers, and a row of a run with no neuron off."""
-        start, row = self.entry(seed, NeuronSet())
-        if self._entry_points is None or start == FULL_RUN:
-            return FULL_RUN, {}
-        return min(start, *(place for place, name in enumerate(self._entry_points.layers) if name in layers)), row
-
     def keep(self, seed: int, neurons: NeuronSet, row: Row) -> None:
         """Cache a row. If the cache is full, the least recently used row of this seed is removed."""
         if self._covers(neurons):

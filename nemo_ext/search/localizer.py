@@ -34,7 +34,6 @@ from nemo_ext.results.record import Localization, Settings
 from nemo_ext.search.certificate import certify
 from nemo_ext.search.exhaustive import search_exhaustive
 from nemo_ext.search.grouped import search_grouped
-from nemo_ext.search.guided import search_guided
 from nemo_ext.search.image_runs import NOTHING, ImageRuns
 from nemo_ext.search.outcome import Outcome, Task
 from nemo_ext.search.partial_unet import EntryPoints
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 SEARCHES: Mapping[str, Callable[[Task], Outcome]] = {
     "exhaustive": search_exhaustive,
     "grouped": search_grouped,
-    "guided": search_guided,
 }
 
 
@@ -71,8 +69,7 @@ class Localizer:
             protocol and number of seeds.
         search: "grouped" takes the paper's decisions with several candidates in one trial, for a fraction of the U-Net
             samples; its set differs from the paper's only if switching a neuron on lowers the score somewhere.
-            "exhaustive" is the paper's search, one candidate at a time. "guided" ranks all searched neurons by a
-            gradient and bisects; it needs still fewer samples at the first step, and its set can differ.
+            "exhaustive" is the paper's search, one candidate at a time.
         protocol: how to measure and search; None: `Protocol.paper()`.
         seeds: S ≥ 2.
         batch_size: latents in one call of the denoiser; None: as many as memory allows (`fitting_batch_size`).

@@ -7,8 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
-from torch import Tensor
-
 from nemo_ext.errors import NemoError
 from nemo_ext.measure.score import MemorizationScore, pairwise_score
 from nemo_ext.neurons import NeuronSet
@@ -157,23 +155,6 @@ class NoiseProbe(Probe):
         if new or one_at_a_time:
             self._learn(neurons, order, limit, of_all_seeds=seeds is None)
         return highest
-
-    def effects(self, layers: Sequence[str], seeds: Collection[int]) -> dict[str, Tensor]:
-        """How much each neuron contributes to the remaining memorization, to first order.
-
-        This is the sum of the seeds' slopes with the scale of all neurons of the layers at ½ (`Runs.slopes`). At a
-        scale of 1 a similarity has its maximum, so its slope is 0; at 0 hardly any memorization may be left.
-
-        Args:
-            layers: names of value layers.
-            seeds: the seeds.
-
-        Returns:
-            Layer name -> [N] float32 on the CPU. The larger the effect, the more switching the neuron off lowers the
-            remaining memorization.
-        """
-        slopes = [self.runs.slopes(seed, layers) for seed in seeds]
-        return {layer: sum((slope[layer] for slope in slopes[1:]), slopes[0][layer]) for layer in layers}
 
     @property
     def _one_seed_decides_nothing(self) -> bool:

@@ -12,12 +12,11 @@ from nemo_ext.measure.memory import fitting_batch_size, free_bytes
 from nemo_ext.measure.noise import noise_differences
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import seed_latents
-from nemo_ext.measure.similarity import similarity
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import is_compiled
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import PatchHandle
-from nemo_ext.patching.rows import neurons_off_by_row, scaled_rows
+from nemo_ext.patching.rows import neurons_off_by_row
 from nemo_ext.search.cached_rows import CachedRows
 from nemo_ext.search.partial_unet import FULL_RUN, EntryPoints, Row
 
@@ -135,36 +134,6 @@ class Runs:
     def keep(self, run: Run) -> None:
         """Cache the module outputs of a run. A later trial can enter the denoiser where it first differs from it."""
         self._cache.keep(*run.trial, run.row)
-
-    def slopes(self, seed: int, layers: Sequence[str]) -> dict[str, Tensor]:
-        """The derivative of a seed's similarity to its untouched δ with respect to each neuron's scale, at s = ½.
-
-        The forward pass counts as one sample, and the backward pass as two.
-
-        Args:
-            seed: the seed.
-            layers: names of value layers.
-
-        Returns:
-            Layer name -> [N] float32 on the CPU.
-        """
-        scales = {
-            layer: module.weight.new_full((1, module.out_features), 0.5, dtype=torch.float32).requires_grad_()
-            for layer in layers
-            for module in (self._handle.patched_layer(layer),)
-        }
-        untouched = self.untouched()[[seed]]
-        start, row = self._cache.entry_before(seed, layers)
-        # A backward pass through a compiled denoiser would compile it again.
-        with torch.compiler.set_stance("force_eager"):
-            with scaled_rows(self._handle, scales), self._cache.entering(start, [row]):
-                difference = noise_differences(
-                    self._pipe, self._hidden, self.latents[[seed]], self.protocol, batch_size=1, differentiable=True
-                )
-            value = similarity(untouched, difference, self.protocol)
-            gradients = torch.autograd.grad(value.sum(), list(scales.values()))
-        self.samples += 3 * self._cache.share(start)
-        return {layer: gradient[0].cpu() for layer, gradient in zip(scales, gradients, strict=True)}
 
     def _call(self, trials: Sequence[Trial], start: int, entering: Sequence[Row]) -> list[Run]:
         """Call the denoiser once from an entry point on. The neurons that are off now stay off."""

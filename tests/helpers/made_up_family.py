@@ -82,7 +82,8 @@ class SignPipeline(DiffusionPipeline):
         self,
         prompts: list[str],
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: float = 1.0,
+        *,
         generator: list[torch.Generator],
         output_type: str,
     ) -> Any:

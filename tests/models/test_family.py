@@ -55,7 +55,7 @@ def test_its_layers_have_short_names_beside_those_of_other_families() -> None:
     assert short_layer_name("elsewhere") == "elsewhere"
 
 
-@pytest.mark.parametrize("search", ["exhaustive", "guided"])
+@pytest.mark.parametrize("search", ["exhaustive", "grouped"])
 def test_its_memorizing_neuron_is_found(pipe: SignPipeline, search: str) -> None:
     statistics = nemo_ext.collect_statistics(pipe, ORDINARY, layers="all")
     threshold = nemo_ext.memorization_threshold(pipe, ORDINARY, seeds=SEEDS)

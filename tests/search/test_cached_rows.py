@@ -79,16 +79,10 @@ def test_a_set_of_layers_that_are_no_entry_points_is_neither_cached_nor_found(pl
     assert cache.entry(0, ONE) == (FULL_RUN, {})
 
 
-def test_the_entry_before_some_layers_is_before_the_first_of_them(cache: CachedRows) -> None:
-    assert cache.entry_before(0, [MID]) == (FULL_RUN, {})
-    cache.keep(0, NONE, row(1))
-    assert cache.entry_before(0, [MID, SECOND]) == (1, row(1))
-
-
 def test_without_entry_points_nothing_is_cached_and_all_runs_are_full() -> None:
     cache = CachedRows(None, seeds=1, memory=1 << 30)
     cache.keep(0, NONE, row(1))
-    assert cache.entry(0, NONE) == cache.entry_before(0, [MID]) == (FULL_RUN, {})
+    assert cache.entry(0, NONE) == (FULL_RUN, {})
     assert cache.share(FULL_RUN) == 1
     with cache.entering(FULL_RUN, [{}, {}]) as recorded:
         pass

@@ -20,7 +20,7 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import is_patched, patch
 from nemo_ext.results.folder import read_results
 from nemo_ext.results.record import Localization
-from nemo_ext.search import exhaustive
+from nemo_ext.search import grouped
 from nemo_ext.search.localizer import Localizer, localize
 
 PAPER = Protocol.paper()
@@ -161,7 +161,8 @@ class TestUnmemorizedPrompt:
 
 
 class TestFloor:
-    """The remaining memorization with all searched neurons off, measured before anything else."""
+    """The remaining memorization with all searched neurons off: the exhaustive search measures it before anything
+    else, the grouped one only if the first candidates are not enough."""
 
     def test_above_the_threshold_is_said_with_both_numbers_and_raises_it(
         self, stubborn: Planted, stubborn_statistics: ActivationStatistics
@@ -189,6 +190,7 @@ class TestFloor:
                 statistics=stubborn_statistics,
                 threshold=0.5,
                 seeds=SEEDS,
+                search="exhaustive",
                 protocol=protocol,
             )
             counts[protocol.measures_floor] = found.unet_samples
@@ -197,22 +199,32 @@ class TestFloor:
         assert counts[False] > counts[True] + 8  # sixteen steps, of a seed each
 
     def test_below_the_threshold_costs_one_evaluation_and_changes_nothing(
-        self, planted: Planted, found: Localization
+        self, planted: Planted, statistics: ActivationStatistics
     ) -> None:
-        without = localize(
-            planted.pipe,
-            planted.memorized_prompt,
-            statistics=collect_statistics(planted.pipe, planted.ordinary_prompts),
-            threshold=0.5,
-            seeds=SEEDS,
-            protocol=dataclasses.replace(PAPER, measures_floor=False),
+        measured, without = (
+            localize(
+                planted.pipe,
+                planted.memorized_prompt,
+                statistics=statistics,
+                threshold=0.5,
+                seeds=SEEDS,
+                search="exhaustive",
+                protocol=dataclasses.replace(PAPER, measures_floor=measures_floor),
+            )
+            for measures_floor in (True, False)
         )
-        assert found.floor < 0.3
+        assert measured.floor is not None
+        assert measured.floor < 0.3
         assert without.floor is None
-        assert without.neurons == found.neurons
-        assert found.unet_samples - SEEDS <= without.unet_samples < found.unet_samples
-        assert found.notes == ()
-        assert found.threshold_used == found.threshold
+        assert without.neurons == measured.neurons
+        assert measured.unet_samples - SEEDS <= without.unet_samples < measured.unet_samples
+        assert measured.notes == ()
+        assert measured.threshold_used == measured.threshold
+
+    def test_is_not_measured_where_the_first_candidates_are_enough(self, found: Localization) -> None:
+        assert found.search == "grouped"
+        assert found.theta == PAPER.first_theta
+        assert found.floor is None
 
 
 class TestThePipelineIsLeftAsItWas:
@@ -242,7 +254,7 @@ class TestThePipelineIsLeftAsItWas:
             raise KeyboardInterrupt
 
         before = state_of(planted.pipe)
-        monkeypatch.setattr(exhaustive, "refine_exhaustive", fail)
+        monkeypatch.setattr(grouped, "refine_grouped", fail)
         with pytest.raises(KeyboardInterrupt):
             localizer.localize(planted.memorized_prompt)
         assert state_of(planted.pipe) == before
@@ -250,7 +262,7 @@ class TestThePipelineIsLeftAsItWas:
 
 class TestRefusals:
     def test_search_that_does_not_exist(self, planted: Planted, statistics: ActivationStatistics) -> None:
-        with pytest.raises(NemoError, match="search must be 'exhaustive' or 'grouped' or 'guided', got 'fast'"):
+        with pytest.raises(NemoError, match="search must be 'exhaustive' or 'grouped', got 'fast'"):
             Localizer(planted.pipe, statistics=statistics, threshold=0.5, search="fast")
 
     def test_statistics_of_another_model(self, statistics: ActivationStatistics) -> None:

@@ -193,11 +193,3 @@ class TestAhead:
         one, other = NeuronSet({MID: [0]}), NeuronSet({MID: [1]})
         probe.remaining(one, stop_above=-1.0, ahead=[one, other, other, NeuronSet()])
         assert probe.runs.samples == 3 + 2
-
-
-class TestEffects:
-    def test_are_the_sum_of_the_seeds_slopes(self, make_runs: MakeRuns) -> None:
-        probe = NoiseProbe(make_runs(seeds=2))
-        effects = probe.effects([MID], [0, 1])
-        slopes = [probe.runs.slopes(seed, [MID])[MID] for seed in (0, 1)]
-        torch.testing.assert_close(effects, {MID: slopes[0] + slopes[1]})

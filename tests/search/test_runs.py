@@ -12,11 +12,9 @@ from nemo_ext.errors import NemoError
 from nemo_ext.measure import memory
 from nemo_ext.measure.noise import noise_differences
 from nemo_ext.measure.protocol import Protocol
-from nemo_ext.measure.similarity import similarity
 from nemo_ext.models.text import encode_prompts
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import PatchHandle, patch_handle, patched
-from nemo_ext.patching.rows import scaled_rows
 from nemo_ext.search import runs as runs_module
 from nemo_ext.search.runs import Runs, Trial
 
@@ -147,34 +145,3 @@ class TestCost:
         monkeypatch.setattr(memory, "evaluate_zeros", lambda *_, **__: pytest.fail("the denoiser ran"))
         with patch_handle(pipe) as handle, pytest.raises(NemoError, match="latents of 8x8 are smaller"):
             Runs(pipe, handle, hidden, seeds=3, protocol=PAPER)
-
-
-class TestSlopes:
-    def test_are_the_slopes_of_the_similarity_at_half(
-        self, planted: Planted, handle: PatchHandle, make_runs: MakeRuns
-    ) -> None:
-        runs = make_runs(seeds=2)
-        untouched = runs.untouched()
-        slopes = runs.slopes(1, LAYERS)
-        assert runs.samples == 2 + 3
-        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
-        half = {layer: torch.full((1, width), 0.5) for layer, width in DOWN_AND_MID.items()}
-        step = 1e-2
-        for layer, index in list(planted.neurons.pairs())[:2]:
-            values = []
-            for sign in (-1, 1):
-                half[layer][0, index] = 0.5 + sign * step
-                with scaled_rows(handle, half):
-                    delta = noise_differences(planted.pipe, hidden, runs.latents[[1]], PAPER)
-                values.append(similarity(untouched[[1]], delta, PAPER).item())
-            half[layer][0, index] = 0.5
-            slope = (values[1] - values[0]) / (2 * step)
-            assert slopes[layer][index].item() == pytest.approx(slope, rel=0.05, abs=1e-4)
-
-    def test_leave_no_gradient_behind(self, planted: Planted, handle: PatchHandle, make_runs: MakeRuns) -> None:
-        slopes = make_runs(seeds=2).slopes(0, [MID])
-        assert {layer: (list(values.shape), values.requires_grad) for layer, values in slopes.items()} == {
-            MID: ([DOWN_AND_MID[MID]], False)
-        }
-        assert all(parameter.grad is None for parameter in planted.pipe.unet.parameters())
-        assert is_unscaled(handle)
