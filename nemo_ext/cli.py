@@ -27,7 +27,8 @@ once per model:
   2. nemo-ext threshold  measure the threshold for memorized prompts          -> threshold.json
   3. nemo-ext localize   find the neurons that carry a prompt's image         -> results/
   4. nemo-ext generate   generate images with these neurons on and off        -> images/
-  5. nemo-ext report     show all results on one HTML page                    -> report.html
+  5. nemo-ext evaluate   measure on images what these neurons do              -> results/evaluation.json
+  6. nemo-ext report     show all results on one HTML page                    -> report.html
 
 `nemo-ext demo` runs all steps on a small bundled model, offline.
 """
