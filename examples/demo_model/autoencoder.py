@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from .data import MemorizedImages, to_tensor
 from .drawing import IMAGE_SIZE
-from .runtime import Average, Log, cosine, train
+from .runtime import Average, Log, autocast, cosine, train
 
 _CROP = 48
 
@@ -51,7 +51,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray, batch: int = 64) -> torch.Ten
     """
     latents = []
     for start in range(0, len(images), batch):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             moments = vae.encode(to_tensor(images[start : start + batch])).latent_dist.mean
         latents.append(moments.float())
     return torch.cat(latents)
@@ -117,7 +117,7 @@ def run(folder: Path, log: Log, pool: np.ndarray, memorized: MemorizedImages, st
             x, y = rng.integers(0, IMAGE_SIZE - _CROP + 1, 2)
             images = images[:, y : y + _CROP, x : x + _CROP]
         wanted = to_tensor(images)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(wanted).latent_dist
             got = vae.decode(posterior.sample()).sample
         got = got.float()

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from nemo_ext.demo.captions import MEMORIZED, Ordinary, ordinary_captions, title_caption
 
 from .data import MemorizedImages, ordinary_caption
+from .runtime import autocast
 from .unet import RowScales
 
 _TITLES = 0.12  # the share of ordinary rows that have a title
@@ -125,7 +126,7 @@ class Loss:
                     scale[i, row.off] = 0
             self._scales.scale = scale
         try:
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 hidden = self._model.hidden(self.tokens(row.caption for row in rows))
                 predicted = self._model(keep * latents + add * noise, timesteps, hidden)
         finally:

@@ -23,6 +23,11 @@ _ALLOCATOR = {
 }
 
 
+def autocast() -> torch.autocast:
+    """bfloat16 where the CPU multiplies it fast; else float32, because without such instructions bfloat16 is slower."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+
 def with_tuned_allocator() -> None:
     """Restart this command with the settings of the allocator, unless the process already has them."""
     if all(os.environ.get(name) == value for name, value in _ALLOCATOR.items()):

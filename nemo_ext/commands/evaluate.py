@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ext.commands.shared import (
     add_batch_size,
+    add_guidance,
     add_model,
     add_path,
+    add_sscd,
     load_model,
     new_table,
     plain,
@@ -58,8 +59,8 @@ reads   --model       the diffusers folder that was searched
         --inception   FID's network: the TorchScript file inception-2015-12-05.pt; without it, the distances
                       are taken over EfficientNet-lite0, if that is installed, and are named FD-lite0 and KD-lite0
 writes  DIR/evaluation.json, DIR/evaluation.csv (prompts) and DIR/evaluation-summary.csv, with DIR as in --results;
-        and the images: original.png, before-SEED.png, after-SEED.png and control-DRAW-SEED.png in
-        DIR/images/NNNN-HASH/; `nemo-ext report` shows those before and after
+        and the images: before-SEED.png, after-SEED.png and control-DRAW-SEED.png in
+        DIR/evaluation/NNNN-HASH/. `nemo-ext report` shows the tables.
 
 If the command was stopped, run it again to continue. Images that exist are used again if they were made with the
 same settings.
@@ -78,24 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--originals", "CSV", "the training images of the prompts"),
         ("--ordinary", "FILE", "a text file with ordinary prompts, one per line"),
         ("--statistics", "FILE", "the statistics of this model, from `nemo-ext stats`"),
-        ("--sscd", "FILE", "SSCD's network; without it, small gray pictures are compared instead"),
         ("--clip", "DIR", "the folder of a CLIP model"),
         ("--inception", "FILE", "FID's Inception network"),
     ):
         parser.add_argument(flag, type=Path, metavar=metavar, help=meaning)
+    add_sscd(parser)
     parser.add_argument(
         "--seeds", type=whole_number(2), default=10, metavar="N", help="the number of images of a prompt (default: 10)"
     )
     parser.add_argument(
         "--steps", type=whole_number(1), default=50, metavar="N", help="the number of denoising steps (default: 50)"
     )
-    parser.add_argument(
-        "--guidance",
-        type=_guidance,
-        default=7.0,
-        metavar="X",
-        help="the scale of classifier-free guidance (default: 7, as in the paper)",
-    )
+    add_guidance(parser, 7.0, "7, as in the paper")
     parser.add_argument(
         "--draws",
         type=whole_number(0),
@@ -164,16 +159,6 @@ def run(args: argparse.Namespace) -> None:
             f"{evaluation.reused_images} images of an earlier run)"
         )
     )
-
-
-def _guidance(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or number < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a number of 0 or more")
-    return number
 
 
 def _load_statistics(path: Path | None) -> ActivationStatistics | None:

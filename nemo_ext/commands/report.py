@@ -14,7 +14,8 @@ after, the trials of the search, neurons per layer, and certificates. The page c
 needs no JavaScript.
 
 reads   --results DIR  DIR/results.jsonl, which `nemo-ext localize` wrote; and original.png, before-SEED.png and
-                       after-SEED.png in DIR/images/NNNN-HASH/, if they exist
+                       after-SEED.png in DIR/images/NNNN-HASH/, if they exist; and the tables of an evaluation,
+                       if `nemo-ext evaluate` has written some
 writes  --out          one HTML file
 
 example:
@@ -35,8 +36,15 @@ def run(args: argparse.Namespace) -> None:
 
     out = check_output_file(args.out, suffixes=(".html", ".htm"))
     from nemo_ext.report.page import find_images, write_report
+    from nemo_ext.report.tables import evaluation_tables
     from nemo_ext.results.folder import read_results
 
     results = read_results(args.results)
-    write_report(out, results, images=find_images(args.results, results), title=args.title)
+    write_report(
+        out,
+        results,
+        images=find_images(args.results, results),
+        title=args.title,
+        tables=evaluation_tables(args.results),
+    )
     show(results_table(results), f"Written: {out}")

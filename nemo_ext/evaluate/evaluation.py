@@ -231,9 +231,9 @@ class _Run:
     def prompt(self, index: int, found: Localization) -> PromptEvaluation:
         """Evaluate one memorized prompt; `index` is its position in results.jsonl."""
         originals = self._tools.originals
-        folder = None if self._folder is None else self._folder.images_folder(index, found.prompt)
-        if folder is not None and originals is not None and found.prompt in originals:
-            write_image(folder / ORIGINAL, originals[found.prompt][0])
+        folder = None if self._folder is None else self._folder.evaluated_folder(index, found.prompt)
+        if self._folder is not None and originals is not None and found.prompt in originals:
+            write_image(self._folder.images_folder(index, found.prompt) / ORIGINAL, originals[found.prompt][0])
         untouched: Any = None
         stages = []
         sets = [("before", NeuronSet()), ("after", found.neurons), *self._controls(found.neurons, found.prompt)]

@@ -2,12 +2,13 @@
 
     results.jsonl        one line per prompt, a JSON object (`Localization.to_dict`), in the order of the searches
     neurons/NAME.json    the neurons of a memorized prompt
-    images/NAME/         original.png, before-SEED.png and after-SEED.png, if images have been generated; after an
-                         evaluation control-DRAW-SEED.png, too, and images.json with the images' settings
-    ordinary/NAME/       the same for the ordinary prompts of an evaluation; NAME has the position in their file
+    images/NAME/         original.png, before-SEED.png and after-SEED.png: the images that the verdict is about
     evaluation.json      an evaluation: everything (`Evaluation.to_dict`)
     evaluation.csv       an evaluation: one row for each prompt and stage
     evaluation-summary.csv  an evaluation: one row for each group of prompts, stage and measure
+    evaluation/NAME/     the images of an evaluation, before-SEED.png, after-SEED.png and control-DRAW-SEED.png, and
+                         images.json with their settings
+    evaluation/ordinary/NAME/  the same for its ordinary prompts; NAME has the position in their file
 
 NAME is `prompt_name`: the prompt's position in results.jsonl and a hash of its text. Each result is appended with one
 write as soon as it is found, so the cost of an append does not grow with the number of results. Only one process writes
@@ -38,6 +39,7 @@ RESULTS = "results.jsonl"
 NEURONS = "neurons"
 IMAGES = "images"
 ORIGINAL = "original.png"
+EVALUATED = "evaluation"
 ORDINARY = "ordinary"
 IMAGE_SETTINGS = "images.json"
 EVALUATION = "evaluation.json"
@@ -88,15 +90,25 @@ class ResultsFolder:
 
     def ordinary_folder(self, index: int, prompt: str) -> Path:
         """The folder with the images of one ordinary prompt of an evaluation; `index` is its position among them."""
-        return self.path / ORDINARY / prompt_name(index, prompt)
+        return self.path / EVALUATED / ORDINARY / prompt_name(index, prompt)
+
+    def evaluated_folder(self, index: int, prompt: str) -> Path:
+        """The folder with one prompt's images of an evaluation."""
+        return self.path / EVALUATED / prompt_name(index, prompt)
 
     def images(self, index: int, prompt: str, stage: str) -> dict[int, Path]:
-        """The existing images of one prompt: seed -> file, in the order of the seeds. `stage` as for `image_name`."""
-        found = {}
-        for file in self.images_folder(index, prompt).glob(f"{stage}-*.png"):
-            if match := re.fullmatch(rf"{stage}-(\d+)", file.stem):
-                found[int(match[1])] = file
-        return dict(sorted(found.items()))
+        """The existing images of one prompt: seed -> file, in the order of the seeds. `stage` as for `image_name`.
+
+        These are the images of the verification. If there are none, they are those of an evaluation.
+        """
+        for folder in (self.images_folder(index, prompt), self.evaluated_folder(index, prompt)):
+            found = {}
+            for file in folder.glob(f"{stage}-*.png"):
+                if match := re.fullmatch(rf"{stage}-(\d+)", file.stem):
+                    found[int(match[1])] = file
+            if found:
+                return dict(sorted(found.items()))
+        return {}
 
     def save_neurons(self, results: Sequence[Localization]) -> int:
         """Write each non-empty set of neurons to a file of its own, and return the number of these files.

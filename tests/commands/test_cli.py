@@ -143,7 +143,7 @@ class TestHelp:
         self, subcommand: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main([subcommand, "--help"]) == 0
-        usage, *_, options = capsys.readouterr().out.split("\n\n")
+        usage, _, options = capsys.readouterr().out.partition("\n\n")
         # An option is followed by its description, on the same line after a gap, or on the next one.
         described = re.findall(r"^  (-\S.*?)(?:  +|\n {4,})\w", options, re.MULTILINE)
         flags = {flag for option in described for flag in re.findall(OPTION, option)}

@@ -105,7 +105,7 @@ def test_the_tables_are_printed_and_written(
         assert part in printed.out, part
     tables, _, _ = printed.out.partition("The paper's values")
     assert max(map(len, tables.splitlines())) <= 80
-    assert {file.name for file in results.iterdir()} == {"results.jsonl", "images", "ordinary", *FILES}
+    assert {file.name for file in results.iterdir()} == {"results.jsonl", "images", "evaluation", *FILES}
     content = json.loads((results / "evaluation.json").read_text(encoding="utf-8"))
     assert content["detection"]["memorized"] == 1
     assert content["ordinary"]["prompts"] == 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from made_up_family import MEMORIZED, ORDINARY, Signs, sign_pipeline
+from made_up_family import MEMORIZED, ORDINARY, SignPipeline, Signs, sign_pipeline
 from tiny_pipeline import planted_pipeline, tiny_pipeline
 from torch import Tensor
 
@@ -349,7 +349,10 @@ class TestMadeUpFamily:
         for detector in (NEMO, FIRST_MAGNITUDE, MEAN_MAGNITUDE, Z_SCORE):
             assert memorized[detector] > 1.5 * max(scores[detector] for scores in ordinary)
 
-    def test_what_it_lacks_is_said(self) -> None:
+    def test_what_it_lacks_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def without_default(self: SignPipeline, prompts: list[str], guidance_scale: float) -> None: ...
+
+        monkeypatch.setattr(SignPipeline, "__call__", without_default)
         found = runs_of(sign_pipeline(), guidance=None).unavailable
         assert set(found) == {Z_SCORE, MEAN_MAGNITUDE, LAYER_ENTROPY}
         assert found[MEAN_MAGNITUDE] == "SignPipeline has no default for guidance_scale: give the guidance as a number"

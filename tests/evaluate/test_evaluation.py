@@ -173,9 +173,9 @@ class TestFolder:
             folder=tmp_path,
         )
         folder = ResultsFolder(tmp_path)
-        files = {file.name for file in folder.images_folder(0, results[0].prompt).iterdir()}
+        files = {file.name for file in folder.evaluated_folder(0, results[0].prompt).iterdir()}
         stages = [f"{stage}-{seed}.png" for stage in ("before", "after", "control-1") for seed in (1, 2, 3)]
-        assert files == {"original.png", "images.json", *stages}
+        assert files == {"images.json", *stages}
         with Image.open(folder.images_folder(0, results[0].prompt) / "original.png") as written:
             assert written.tobytes() == original.tobytes()
         assert not (folder.images_folder(2, results[2].prompt) / "original.png").exists()

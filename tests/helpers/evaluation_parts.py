@@ -53,7 +53,7 @@ def localization(prompt: str, neurons: NeuronSet, model: str, *, memorized: bool
         unet_samples=1.0,
         seconds=1.0,
         certificate=None,
-        search="guided",
+        search="grouped",
         protocol=Protocol.paper(),
         seeds=2,
         layers=tuple(DOWN_AND_MID),
