@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
     threshold = _load_threshold(args.threshold) if isinstance(args.threshold, Path) else args.threshold
     statistics = _load_statistics(args.statistics)
-    verify = None if args.no_verify else _verification(args)
+    verify = None if args.no_verify else _verification(args, prompts)
     localizer = Localizer(
         load_model(args),
         statistics=statistics,
@@ -143,16 +144,19 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _verification(args: argparse.Namespace) -> Verification:
+def _verification(args: argparse.Namespace, prompts: Sequence[str]) -> Verification:
     from nemo_ext.measure.originals import read_originals
     from nemo_ext.measure.sscd import load_image_similarity
     from nemo_ext.search.verification import Verification
 
+    originals = {} if args.originals is None else read_originals(args.originals)
+    if originals and not set(prompts) & set(originals):
+        raise NemoError(f"{args.originals} has training images of none of the prompts: the texts must be equal")
     return Verification(
         similarity=load_image_similarity(args.sscd),
         threshold=args.image_threshold,
         budget=args.image_budget,
-        originals={} if args.originals is None else read_originals(args.originals),
+        originals=originals,
     )
 
 

@@ -69,7 +69,8 @@ class Verification:
         if images is None:
             raise NemoError(
                 "verification needs τ_image: measure the threshold together with images (`nemo-ext threshold`, or "
-                "memorization_threshold(…, sampling=Sampling())), give τ_image as a number, or do not verify"
+                "memorization_threshold(…, sampling=Sampling())), give τ_image as a number, or do not verify "
+                "(--no-verify)"
             )
         sampling = images.sampling if self.sampling is None else self.sampling.resolved(pipe)
         images.check(sampling, self.similarity.name)

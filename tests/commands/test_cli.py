@@ -20,11 +20,12 @@ from tiny_pipeline import Planted, planted_pipeline
 
 from nemo_ext import commands
 from nemo_ext.cli import main
+from nemo_ext.measure.generation import Sampling
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.measure.threshold import Threshold
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.results.folder import prompt_name, read_results
+from nemo_ext.results.folder import ResultsFolder, prompt_name, read_results
 
 SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "evaluate", "report", "demo", "info")
 
@@ -217,9 +218,24 @@ class TestTheWholeWay:
         assert list((results / "neurons").iterdir()) == [file]
         assert NeuronSet.load(file) == planted.neurons
 
-    def test_images_differ_with_the_neurons_off(self, planted: Planted, model: Path, results: Path) -> None:
+    def test_threshold_measures_images_too(self, planted: Planted, threshold: Path) -> None:
+        images = Threshold.load(threshold).images
+        assert images is not None
+        assert len(images.scores) == len(planted.ordinary_prompts)
+        assert images.sampling == Sampling(seeds=4, steps=10, guidance=7.5)
+
+    def test_localize_verifies_on_images_and_keeps_them(self, results: Path) -> None:
+        for index, found in enumerate(read_results(results)):
+            assert found.verdict is not None
+            assert found.verified is (True if found.memorized else None)
+            images = ResultsFolder(results).images(index, found.prompt, "before")
+            assert tuple(images) == found.verdict.seeds
+
+    def test_images_differ_with_the_neurons_off(
+        self, planted: Planted, model: Path, results: Path, tmp_path: Path
+    ) -> None:
         name = prompt_name(0, planted.memorized_prompt)
-        out = results / "images" / name
+        out = tmp_path / "images"
         done = nemo_ext(
             *("generate", "--model", model, "--prompt", planted.memorized_prompt),
             *("--neurons", results / "neurons" / f"{name}.json", "--seeds", 3),
@@ -252,7 +268,7 @@ class TestGoingOn:
         prompts, out = tmp_path / "prompts.txt", tmp_path / "results"
         prompts.write_text("\n".join(f"zebra number {number}" for number in range(200)))
         arguments = (
-            *("localize", "--model", model, "--statistics", statistics, "--threshold", 0.2),
+            *("localize", "--model", model, "--statistics", statistics, "--threshold", 0.2, "--no-verify"),
             *("--seeds", 3, "--out", out, "--prompts", prompts),
         )
         process = subprocess.Popen(
@@ -304,7 +320,7 @@ class TestGoingOn:
                     "--out",
                     str(results),
                 ),
-                *("--statistics", str(statistics), "--threshold", "0.02", "--seeds", "3"),
+                *("--statistics", str(statistics), "--threshold", "0.02", "--seeds", "3", "--no-verify"),
             ]
         )
         assert code == 1
@@ -427,6 +443,33 @@ class TestBadInput:
             *("localize", "--model", copy, "--prompt", "p", "--threshold", 0.4),
             *("--statistics", statistics),
             says=("another model", "collect them again"),
+        )
+
+    def test_verification_without_a_threshold_for_images(
+        self, failing: Callable[..., None], model: Path, statistics: Path
+    ) -> None:
+        failing(
+            *("localize", "--model", model, "--prompt", "p", "--threshold", 0.4, "--statistics", statistics),
+            says=("verification needs τ_image", "nemo-ext threshold", "--no-verify"),
+        )
+
+    def test_sscd_file_that_is_none(self, failing: Callable[..., None], model: Path, statistics: Path) -> None:
+        failing(
+            *("localize", "--model", model, "--prompt", "p", "--threshold", 0.4, "--statistics", statistics),
+            *("--sscd", statistics),
+            says=(str(statistics), "is not a TorchScript file"),
+        )
+
+    def test_originals_of_other_prompts(
+        self, failing: Callable[..., None], model: Path, statistics: Path, tmp_path: Path
+    ) -> None:
+        Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+        originals = tmp_path / "originals.csv"
+        originals.write_text("prompt,image\nanother prompt,image.png\n")
+        failing(
+            *("localize", "--model", model, "--prompt", "p", "--threshold", 0.4, "--statistics", statistics),
+            *("--originals", originals),
+            says=(str(originals), "none of the prompts"),
         )
 
     def test_nan_in_a_threshold_file(
