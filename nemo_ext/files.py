@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_ext.errors import NemoError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @contextmanager
@@ -62,6 +66,22 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise NemoError(f"the prompt file {path} is empty: write one prompt per line")
     return prompts
+
+
+def read_image(path: str | Path) -> Image:
+    """Read an image file as RGB.
+
+    Raises:
+        NemoError: the file cannot be read as an image.
+    """
+    from PIL import Image as images
+
+    try:
+        with images.open(path) as picture:
+            converted: Image = picture.convert("RGB")
+            return converted
+    except (OSError, ValueError, SyntaxError, images.DecompressionBombError) as error:
+        raise NemoError(f"the image {path} can't be read: {error}") from error
 
 
 def check_input_file(path: str | Path, what: str, source: str) -> Path:

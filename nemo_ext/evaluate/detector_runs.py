@@ -32,7 +32,7 @@ from nemo_ext.evaluate.detectors import (
 from nemo_ext.measure.activations import ValueStack
 from nemo_ext.measure.generation import default_guidance
 from nemo_ext.measure.memory import fitting_batch_size
-from nemo_ext.measure.noise import initial_latents
+from nemo_ext.measure.noise import initial_latents, scaled
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import pairwise_score, seed_latents
 from nemo_ext.measure.statistics import ActivationStatistics
@@ -146,7 +146,7 @@ class DetectorRuns:
             magnitude = _norms(noise - self._unconditional[self._first]).mean().item()
             scores = {FIRST_MAGNITUDE: magnitude}
             if self._can(NEMO):
-                scores[NEMO] = pairwise_score(_noise_differences(noise, self._latents), self._protocol).max
+                scores[NEMO] = pairwise_score(scaled(noise - self._latents), self._protocol).max
             if self._can(MEAN_MAGNITUDE):
                 scores[MEAN_MAGNITUDE] = self._mean_magnitude(hidden, noise)
             if self._can(MEAN_ENTROPY):
@@ -268,11 +268,3 @@ def _norms(noise: Tensor) -> Tensor:
     """The L2 norm of each latent, [S]."""
     norms: Tensor = noise.flatten(1).norm(dim=1)
     return norms
-
-
-def _noise_differences(noise: Tensor, latents: Tensor) -> Tensor:
-    """δ from ε and x_T, as `noise_differences` computes it with calls of its own (docs/method.md, section 3)."""
-    difference = noise - latents
-    low = difference.amin(dim=(2, 3), keepdim=True)
-    span = difference.amax(dim=(2, 3), keepdim=True) - low
-    return torch.where(span > 0, (difference - low) / span.where(span > 0, 1.0), 0.0)

@@ -98,6 +98,11 @@ def noise_differences(
             f"the predicted noise for seed {', '.join(map(str, bad))} (counted from 0) is not finite: "
             f"use float32 or bfloat16 instead of {denoiser.dtype}"
         )
+    return scaled(difference)
+
+
+def scaled(difference: Tensor) -> Tensor:
+    """Scale ε − x_T, [S, C, H, W], to δ: [0, 1] per sample and channel. A channel whose values are all equal is 0."""
     low = difference.amin(dim=(2, 3), keepdim=True)
     span = difference.amax(dim=(2, 3), keepdim=True) - low
     return torch.where(span > 0, (difference - low) / span.where(span > 0, 1.0), 0.0)

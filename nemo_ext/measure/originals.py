@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_ext.errors import NemoError
+from nemo_ext.files import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,16 +119,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _open(path: Path, where: str) -> Image:
-    from PIL import Image as pictures
-
     if not path.is_file():
         raise NemoError(f"{where}: the image {path} does not exist; its path is relative to the CSV file")
     try:
-        with pictures.open(path) as image:
-            converted: Image = image.convert("RGB")
-            return converted
-    except (OSError, ValueError, SyntaxError, pictures.DecompressionBombError) as error:
-        raise NemoError(f"{where}: the image {path} cannot be read: {error}") from error
+        return read_image(path)
+    except NemoError as error:
+        raise NemoError(f"{where}: {error}") from error
 
 
 def _names() -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ext.errors import NemoError
+from nemo_ext.files import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,17 +44,10 @@ def open_image(image: Path | Image) -> Image:
     Raises:
         NemoError: the file cannot be read as an image.
     """
-    from PIL import Image as images
-
-    if not isinstance(image, (str, Path)):
-        copy: Image = image.convert("RGB").copy()
-        return copy
-    try:
-        with images.open(image) as picture:
-            converted: Image = picture.convert("RGB")
-            return converted
-    except (OSError, ValueError, SyntaxError, images.DecompressionBombError) as error:
-        raise NemoError(f"the image {image} can't be read: {error}") from error
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    copy: Image = image.convert("RGB").copy()
+    return copy
 
 
 def contact_sheet(
