@@ -37,6 +37,8 @@ class Certificate:
         below_threshold: whether `score` is at most τ.
         minimal: whether every neuron is needed (1-minimality), which means that no score in `each_on` is below τ. The
             searches do not guarantee it, because a neuron that is needed when it is tried can become superfluous later.
+        verified: whether the image no longer comes back with the set off; None if the images were not checked.
+        image_similarity: the highest similarity of images with the set off; None if they were not checked.
     """
 
     threshold: float
@@ -44,6 +46,8 @@ class Certificate:
     each_on: tuple[NeuronScore, ...]
     below_threshold: bool
     minimal: bool
+    verified: bool | None = None
+    image_similarity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary for JSON."""

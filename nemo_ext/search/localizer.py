@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -178,6 +178,10 @@ class Localizer:
             if outcome.threshold_used is not None:
                 with bars.task("certificate", len(outcome.neurons)) as advance:
                     certificate = certify(outcome.neurons, probe, outcome.threshold_used, on_trial=lambda: advance(1))
+                if verdict is not None:
+                    certificate = replace(
+                        certificate, verified=verdict.silenced, image_similarity=verdict.final.highest
+                    )
         height, width = probe.runs.latents.shape[-2:]
         settings = self.settings
         found = Localization(

@@ -6,6 +6,8 @@ from diffusers import StableDiffusionPipeline
 from tiny_pipeline import Planted, planted_pipeline, tiny_pipeline
 
 from nemo_ext.errors import NemoError
+from nemo_ext.measure.generation import Sampling, sample_images, sampler_of
+from nemo_ext.measure.image_similarity import PixelSimilarity
 from nemo_ext.measure.noise import initial_latents, noise_differences
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import memorization_score
@@ -49,3 +51,23 @@ class TestMemorizationScore:
     def test_wants_two_seeds(self, pipe: StableDiffusionPipeline) -> None:
         with pytest.raises(NemoError, match="a score compares seeds: wanted 2 or more, got 1"):
             memorization_score(pipe, "a cat", seeds=1)
+
+
+class TestImages:
+    SAMPLING = Sampling(seeds=3, steps=2, guidance=1.0)
+
+    def test_are_compared_pair_by_pair(self, pipe: StableDiffusionPipeline) -> None:
+        score = memorization_score(pipe, "a red cat", images=True, sampling=self.SAMPLING)
+        images = sample_images(sampler_of(pipe), "a red cat", self.SAMPLING, (1, 2, 3), batch_size=3)
+        described = PixelSimilarity().describe(images)
+        expected = PixelSimilarity().between(described, described)
+        torch.testing.assert_close(score.pairs, expected.fill_diagonal_(1.0))
+
+    def test_of_a_memorized_prompt_are_more_alike(self) -> None:
+        """Found by images, where the first step is not asked."""
+        pipe = planted_pipeline()
+        memorized, ordinary = (
+            memorization_score(pipe.pipe, prompt, images=True, sampling=self.SAMPLING).max
+            for prompt in (pipe.memorized_prompt, pipe.ordinary_prompts[0])
+        )
+        assert memorized > ordinary

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from tiny_pipeline import tiny_pipeline
 
 from nemo_ext.errors import NemoError
+from nemo_ext.measure.generation import Sampling
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import memorization_score
 from nemo_ext.measure.threshold import Threshold, memorization_threshold
@@ -67,3 +68,28 @@ class TestThreshold:
             threshold.check(pipe, PUBLISHED, seeds=3)
         with pytest.raises(NemoError, match="measured on another model"):
             threshold.check(tiny_pipeline(seed=1), PAPER, seeds=3)
+
+
+class TestImageThreshold:
+    SAMPLING = Sampling(seeds=2, steps=2, guidance=1.0)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def threshold(cls, pipe: StableDiffusionPipeline) -> Threshold:
+        return memorization_threshold(pipe, PROMPTS, seeds=3, sampling=cls.SAMPLING, image_prompts=2)
+
+    def test_is_the_mean_plus_one_std_of_the_image_scores_of_the_first_prompts(
+        self, pipe: StableDiffusionPipeline, threshold: Threshold
+    ) -> None:
+        scores = [memorization_score(pipe, prompt, images=True, sampling=self.SAMPLING).max for prompt in PROMPTS[:2]]
+        assert threshold.images is not None
+        assert threshold.images.scores == pytest.approx(scores)
+        assert threshold.images.value == pytest.approx(numpy.mean(scores) + numpy.std(scores, ddof=1))
+
+    def test_round_trip(self, tmp_path: Path, threshold: Threshold) -> None:
+        threshold.save(tmp_path / "threshold.json")
+        assert Threshold.load(tmp_path / "threshold.json") == threshold
+
+    def test_of_one_prompt_is_refused(self, pipe: StableDiffusionPipeline) -> None:
+        with pytest.raises(NemoError, match="image_prompts must be 2 or more"):
+            memorization_threshold(pipe, PROMPTS, seeds=3, sampling=self.SAMPLING, image_prompts=1)

@@ -206,6 +206,12 @@ class TestOnAPipeline:
         assert found.verdict is not None
         assert Localization.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
 
+    def test_certificate_has_the_verdict(self, found: Localization) -> None:
+        assert found.certificate is not None
+        assert found.verdict is not None
+        assert found.certificate.verified == found.verified
+        assert found.certificate.image_similarity == found.verdict.final.highest
+
     def test_images_count_as_samples(
         self, found: Localization, planted: Planted, statistics: ActivationStatistics, threshold: Threshold
     ) -> None:
