@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_ext.errors import NemoError
-from nemo_ext.files import replacing
+from nemo_ext.files import read_image, replacing
 from nemo_ext.measure.generation import Sampling, generate_images
 from nemo_ext.measure.score import memorization_score
 from nemo_ext.measure.statistics import collect_statistics
@@ -67,13 +68,19 @@ def original_images(what: Memorized) -> list[Image.Image]:
     Raises:
         NemoError: there is no training image of this caption.
     """
-    images = []
-    for path in sorted(_ORIGINALS.glob(f"{what.name}*.png")):
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
-    if not images:
+    return [read_image(file) for file in original_files(what)]
+
+
+def original_files(what: Memorized) -> list[Path]:
+    """The files of `original_images`.
+
+    Raises:
+        NemoError: there is no training image of this caption.
+    """
+    files = sorted(_ORIGINALS.glob(f"{what.name}*.png"))
+    if not files:
         raise NemoError(f"{_ORIGINALS} holds no training image of '{what.name}'")
-    return images
+    return files
 
 
 def correlation(image: Image.Image, originals: Sequence[Image.Image]) -> float:
@@ -141,6 +148,8 @@ def run(out: Path) -> None:
     threshold.save(out / "threshold.json")
     _write_lines(out / "ordinary.txt", holdout)
     _write_lines(out / "memorized.txt", [what.caption for what in MEMORIZED])
+    _write_lines(out / "unseen.txt", unseen)
+    _write_originals(out / "originals.csv")
     folder.save_neurons(found)
     with replacing(out / "contact-sheet.png") as temporary:
         _sheet(found, [images[index] for index in range(len(found))]).save(temporary, format="PNG", optimize=True)
@@ -200,11 +209,23 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _write_originals(path: Path) -> None:
+    """List the training images of all memorized captions, as `nemo-ext evaluate` reads them."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("prompt", "image", "label"))
+        for what in MEMORIZED:
+            for image in original_files(what):
+                writer.writerow((what.caption, image, "VM" if what in VERBATIM else "TM"))
+
+
 def _next_steps(out: Path) -> str:
     return f"""
 Look at    {out}/contact-sheet.png and {out}/report.html
 Try        nemo-ext localize --model {MODEL} --prompts {out}/memorized.txt \\
              --statistics {out}/statistics.safetensors --threshold {out}/threshold.json --out all-memorized
+           nemo-ext evaluate --model {MODEL} --results {out} --originals {out}/originals.csv \\
+             --ordinary {out}/unseen.txt --statistics {out}/statistics.safetensors --seeds 4 --steps 10 --guidance 3
 On your own model (an SD1 or SD2 folder that save_pretrained has written):
            nemo-ext stats     --model DIR --prompts ordinary-prompts.txt --out statistics.safetensors
            nemo-ext threshold --model DIR --prompts ordinary-prompts.txt --out threshold.json
