@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images per caption (default: 4)",
     )
     images.add_argument(
-        "--steps", type=whole_number(1), default=10, metavar="N", help="denoising steps per image (default: 10)"
+        "--steps", type=whole_number(1), default=25, metavar="N", help="denoising steps per image (default: 25)"
     )
     add_guidance(images, None, "what the pipeline has by default")
     add_sscd(images)

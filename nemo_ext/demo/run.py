@@ -36,14 +36,14 @@ MODEL = Path(__file__).with_name("model")
 _ORIGINALS = Path(__file__).with_name("originals")
 
 SHOWN: tuple[Memorized, ...] = (VERBATIM[0], VERBATIM[3], VERBATIM[8], TEMPLATES[1])
-#: How the model card's images are generated. Those of the demo take fewer steps (`SAMPLING`).
+#: How images are generated, also those that the verification compares (`SAMPLING`).
 STEPS = 25
 GUIDANCE = 3.0
-SAMPLING = Sampling(seeds=4, first_seed=1, steps=10, guidance=GUIDANCE)
+SAMPLING = Sampling(seeds=4, first_seed=1, steps=STEPS, guidance=GUIDANCE)
 #: The numbers of ordinary captions for each step. All are different, and drawn with seed 2024 in this order.
 STATISTICS_PROMPTS, THRESHOLD_PROMPTS, DETECTION_PROMPTS = 1000, 50, 8
 #: The number of threshold captions whose images are compared for τ_image.
-IMAGE_PROMPTS = 16
+IMAGE_PROMPTS = 8
 #: The number of titles among the captions for statistics. With them, being a title does not make a z-score high.
 STATISTICS_TITLES = 200
 
@@ -225,7 +225,7 @@ Look at    {out}/contact-sheet.png and {out}/report.html
 Try        nemo-ext localize --model {MODEL} --prompts {out}/memorized.txt \\
              --statistics {out}/statistics.safetensors --threshold {out}/threshold.json --out all-memorized
            nemo-ext evaluate --model {MODEL} --results {out} --originals {out}/originals.csv \\
-             --ordinary {out}/unseen.txt --statistics {out}/statistics.safetensors --seeds 4 --steps 10 --guidance 3
+             --ordinary {out}/unseen.txt --statistics {out}/statistics.safetensors --seeds 4 --steps 25 --guidance 3
 On your own model (an SD1 or SD2 folder that save_pretrained has written):
            nemo-ext stats     --model DIR --prompts ordinary-prompts.txt --out statistics.safetensors
            nemo-ext threshold --model DIR --prompts ordinary-prompts.txt --out threshold.json

@@ -35,7 +35,7 @@ class Sampling:
 
     seeds: int = 4
     first_seed: int = 1
-    steps: int = 10
+    steps: int = 25
     guidance: float | None = None
 
     def __post_init__(self) -> None:

@@ -222,7 +222,7 @@ class TestTheWholeWay:
         images = Threshold.load(threshold).images
         assert images is not None
         assert len(images.scores) == len(planted.ordinary_prompts)
-        assert images.sampling == Sampling(seeds=4, steps=10, guidance=7.5)
+        assert images.sampling == Sampling(seeds=4, steps=25, guidance=7.5)
 
     def test_localize_verifies_on_images_and_keeps_them(self, results: Path) -> None:
         for index, found in enumerate(read_results(results)):
