@@ -103,7 +103,10 @@ def test_demo_shows_replication_stopping(tmp_path: Path) -> None:
     assert "Localization" in done.stdout
     assert "gone in 4 of 4 images" in " ".join(done.stdout.split())
     assert "nemo-ext localize" in done.stdout
-    for name in ("contact-sheet.png", "report.html", "statistics.safetensors", "threshold.json", "memorized.txt", "originals.csv"):
+    for name in (
+        *("contact-sheet.png", "report.html", "statistics.safetensors", "threshold.json", "memorized.txt"),
+        "originals.csv",
+    ):
         assert (out / name).stat().st_size > 0
     results = read_results(out)
     assert [found.prompt for found in results] == [what.caption for what in SHOWN]
