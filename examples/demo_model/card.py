@@ -215,9 +215,9 @@ def _limits(figures: Mapping[str, Any]) -> list[str]:
         late = sum(value > np.median(c["with_original_before"]) / 2 for value in c["with_original_after"])
         if c["verified"] and late:
             lines.append(
-                f"- **“{c['caption']}”**: with {STEPS} steps, {late} of 4 images are still more than half as similar to "
-                f"the training image as before. The verification, with {figures['images']['steps']} steps, did not find "
-                "this."
+                f"- **“{c['caption']}”**: with {STEPS} steps, {late} of 4 images are still more than half as similar "
+                f"to the training image as before. The verification, with {figures['images']['steps']} steps, did not "
+                "find this."
             )
         before, after = (float(np.median(c[f"correlation_{name}"])) for name in ("before", "after"))
         if after >= 0.3 and c["verified"]:
