@@ -25,7 +25,8 @@ class ImageProbe(Probe):
         budget: how many images may be generated with neurons off, beyond those that exist already.
 
     Attributes:
-        best: the smallest set so far that has passed with all seeds; None if none has.
+        best: the last set that has passed with all seeds, which is the smallest, because the searches shrink sets; None
+            if none has.
     """
 
     def __init__(self, runs: ImageRuns, limits: Limits, budget: int) -> None:
@@ -80,6 +81,6 @@ class ImageProbe(Probe):
                 return highest
         if seeds is None:
             highest = max(highest, *self._excess(neurons, self._runs.places))
-            if highest <= 1 and (self.best is None or len(neurons) < len(self.best)):
+            if highest <= 1:
                 self.best = neurons
         return highest

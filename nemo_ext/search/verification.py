@@ -148,7 +148,6 @@ class Verifier:
         """
         first = outcome = search(task)
         trial = unsilenced = self._try(outcome, FIRST_STEP)
-        checked = {outcome.neurons}
         for _ in range(self._settings.stricter):
             if not self._replicates(trial):
                 return outcome, self._verdict(outcome.neurons, trial)
@@ -158,9 +157,7 @@ class Verifier:
             if outcome.score_after - lower < task.protocol.raise_margin:
                 break
             outcome = search(replace(task, threshold=lower))
-            if outcome.neurons not in checked:
-                checked.add(outcome.neurons)
-                trial = self._try(outcome, f"{FIRST_STEP}, τ lowered to {lower:.3f}")
+            trial = self._try(outcome, f"{FIRST_STEP}, τ lowered to {lower:.3f}")
         if self._replicates(trial):
             found = self._search_by_images(task, first)
             if found is None:

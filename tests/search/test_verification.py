@@ -235,6 +235,24 @@ class TestOnAPipeline:
             assert list(folder.images(index, one.prompt, "before")) == [1, 2]
             assert list(folder.images(index, one.prompt, "after")) == ([1, 2] if one.memorized else [])
 
+    def test_prompt_that_the_first_step_misses_is_found_by_its_images(
+        self, planted: Planted, statistics: ActivationStatistics
+    ) -> None:
+        """No score is above τ = .9999, and any two images are alike enough for τ_image = -.5."""
+        missed = localize(
+            planted.pipe,
+            planted.memorized_prompt,
+            statistics=statistics,
+            threshold=0.9999,
+            seeds=3,
+            verify=Verification(sampling=SAMPLING, threshold=-0.5, stricter=0, budget=0),
+        )
+        assert missed.score_before < 0.9999
+        assert missed.memorized
+        assert missed.missed_by_first_step
+        assert missed.kept_seeds == (0, 1, 2)
+        assert len(missed.neurons)
+
     def test_pipeline_is_as_before(self, planted: Planted, found: Localization) -> None:
         assert type(planted.pipe.scheduler).__name__ == "DDIMScheduler"
         assert planted.pipe._progress_bar_config == {"disable": True}
