@@ -23,19 +23,20 @@ class ImageProbe(Probe):
         runs: the images of the prompt.
         limits: from which similarity on an image counts as a copy.
         budget: how many images may be generated with neurons off, beyond those that exist already.
+        failed: the trial of a set that has left copies. The seed of its clearest copy is looked at first.
 
     Attributes:
         best: the last set that has passed with all seeds, which is the smallest, because the searches shrink sets; None
             if none has.
     """
 
-    def __init__(self, runs: ImageRuns, limits: Limits, budget: int) -> None:
+    def __init__(self, runs: ImageRuns, limits: Limits, budget: int, failed: ImageTrial) -> None:
         self.best: NeuronSet | None = None
         self._runs = runs
         self._limits = limits
         self._last = runs.generated + budget
-        before = runs.before()
-        self._order = SeedOrder(sorted(runs.places, key=lambda place: -before[place]))
+        excess = limits.excess(failed)
+        self._order = SeedOrder(sorted(runs.places, key=lambda place: -excess[place]))
 
     def likeliest(self, besides: Collection[int] = ()) -> tuple[int, ...]:
         return tuple(place for place in self._order.among() if place not in besides)[:1]

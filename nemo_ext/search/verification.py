@@ -159,7 +159,7 @@ class Verifier:
             outcome = search(replace(task, threshold=lower))
             trial = self._try(outcome, f"{FIRST_STEP}, τ lowered to {lower:.3f}")
         if self._replicates(trial):
-            found = self._search_by_images(task, first)
+            found = self._search_by_images(task, first, unsilenced)
             if found is None:
                 return first, self._verdict(first.neurons, unsilenced)
             outcome, trial = found
@@ -170,12 +170,18 @@ class Verifier:
         before = self._runs.before()
         return Outcome(), self._verdict(NOTHING, ImageTrial(0, "no neuron off", None, before, before))
 
-    def _search_by_images(self, task: Task, first: Outcome) -> tuple[Outcome, ImageTrial] | None:
-        """Search with trials that are judged by images; None if all searched neurons off do not silence them."""
+    def _search_by_images(self, task: Task, first: Outcome, failed: ImageTrial) -> tuple[Outcome, ImageTrial] | None:
+        """Search with trials that are judged by images; None if all searched neurons off do not silence them.
+
+        Args:
+            task: the prompt to search.
+            first: what the search with the requested τ found.
+            failed: the trial of its set, which leaves copies.
+        """
         everything = task.all_neurons
         if self._replicates(self._try_set(everything, f"{IMAGES}, all searched neurons off", None)):
             return None
-        probe = ImageProbe(self._runs, self._limits, self._settings.budget)
+        probe = ImageProbe(self._runs, self._limits, self._settings.budget, failed)
         probe.remaining(everything)  # these images exist, and make it the best set so far
         note = "the set was found by the images, because no lower τ at the first step silenced them"
         theta: float | None = None

@@ -123,6 +123,20 @@ class TestSearch:
         in_search = images.generated - 4 * len(verdict.trials)
         assert 0 <= in_search <= 5
 
+    def test_by_images_looks_first_at_the_seed_that_failed(self) -> None:
+        """Trials of the third seed alone decide, so the others are generated for whole sets only."""
+
+        def third_seed(neurons: NeuronSet, place: int) -> float:
+            return 0.9 if place == 2 and THIRD not in neurons.pairs() else 0.1
+
+        images = FakeImages(third_seed)
+        outcome, verdict = verified(images, stricter=0)
+        assert verdict.silenced
+        assert outcome.neurons == NeuronSet.from_pairs([THIRD])
+        partial = [places for neurons, places in images.made.items() if 0 < len(places) < 4]
+        assert partial
+        assert all(places == {2} for places in partial)
+
     def test_generates_no_image_twice(self) -> None:
         images = FakeImages(shown_by(FIRST))
         _, verdict = verified(images)
