@@ -188,19 +188,23 @@ class Verifier:
         top_k: int | None = None
         selected = everything
         try:
-            with task.bars.task("images: selection") as advance:
-                selection = initial_selection(
-                    task.activations(),
-                    task.statistics,
-                    probe,
-                    1.0,
-                    protocol=task.protocol,
-                    on_trial=lambda: advance(1),
-                )
             candidates: Mapping[str, Sequence[int]] = everything
-            if selection.threshold <= 1.0:
-                theta, top_k, candidates = selection.theta, selection.top_k, selection.candidates
-                selected = selection.neurons
+            if probe.remaining(first.initial_neurons, stop_above=1.0) <= 1:
+                theta, top_k, selected = first.theta, first.top_k, first.initial_neurons
+                candidates = selected
+            else:
+                with task.bars.task("images: selection") as advance:
+                    selection = initial_selection(
+                        task.activations(),
+                        task.statistics,
+                        probe,
+                        1.0,
+                        protocol=task.protocol,
+                        on_trial=lambda: advance(1),
+                    )
+                if selection.threshold <= 1:
+                    theta, top_k, candidates = selection.theta, selection.top_k, selection.candidates
+                    selected = selection.neurons
             with task.bars.task("images: refinement") as advance:
                 refine_grouped(candidates, probe, 1.0, on_trial=lambda: advance(1))
         except BudgetSpent:

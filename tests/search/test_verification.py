@@ -52,7 +52,7 @@ def shown_by(*carriers: tuple[str, int]) -> Remaining:
     return lambda neurons, place: 0.1 if len(wanted - neurons) == 0 else 0.9
 
 
-def verified(images: FakeImages, **settings: int) -> tuple[Outcome, Verdict]:
+def verified(images: FakeImages, threshold: float = TAU, **settings: int) -> tuple[Outcome, Verdict]:
     verifier = Verifier(
         images,  # type: ignore[arg-type]
         Verification(sampling=Sampling(guidance=1.0), threshold=TAU_IMAGE, **settings),
@@ -62,7 +62,7 @@ def verified(images: FakeImages, **settings: int) -> tuple[Outcome, Verdict]:
     with Progress(False) as bars:
         widths = dict.fromkeys(LAYERS, 9)
         probe = FakeProbe(additive(WEIGHTS))
-        task = Task(probe, activations, ZScores({}), widths, TAU, Protocol.paper(), bars)  # type: ignore[arg-type]
+        task = Task(probe, activations, ZScores({}), widths, threshold, Protocol.paper(), bars)  # type: ignore[arg-type]
         return verifier.search(task, search_exhaustive)
 
 
@@ -136,6 +136,14 @@ class TestSearch:
         partial = [places for neurons, places in images.made.items() if 0 < len(places) < 4]
         assert partial
         assert all(places == {2} for places in partial)
+
+    def test_by_images_starts_from_the_candidates_of_the_first_step_if_they_are_enough(self) -> None:
+        """With τ = .31 the first step selects all three neurons, and refines them to the wrong two."""
+        outcome, verdict = verified(FakeImages(shown_by(FIRST, THIRD)), stricter=0, threshold=0.31)
+        assert verdict.silenced
+        assert verdict.final.criterion == "images"
+        assert outcome.neurons == NeuronSet.from_pairs([FIRST, THIRD])
+        assert NeuronSet.from_pairs([FIRST, SECOND, THIRD]) - outcome.initial_neurons == NeuronSet()
 
     def test_generates_no_image_twice(self) -> None:
         images = FakeImages(shown_by(FIRST))
