@@ -1,7 +1,6 @@
 """How the bundled model was made: the card tells what was measured, and training goes its whole way."""
 
 import ast
-import contextlib
 import json
 import re
 import subprocess
@@ -138,8 +137,6 @@ class TestTraining:
         monkeypatch.setattr(monitor, "_ORDINARY", 2)
         monkeypatch.setattr(monitor, "MEMORIZED", MEMORIZED[:1])
         monkeypatch.setattr(train, "with_tuned_allocator", lambda: None)
-        # In float32: without the CPU's bfloat16 instructions a step takes minutes.
-        monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
         steps = [f"--{stage}-steps=1" for stage in ("autoencoder", "ordinary", "memorize", "switch-off")]
         monkeypatch.setattr(sys, "argv", ["train", "--work", str(tmp_path), "--threads", "1", *steps])
         threads = torch.get_num_threads()
