@@ -5,6 +5,9 @@ makes a missing one a failure. A leg is one of the ways in which the operators a
 names its own with `pytest.mark.leg("emulated")`, one that takes `device` belongs to that device's.
 """
 
+import os
+
+import psutil
 import pytest
 import torch
 
@@ -42,6 +45,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        # Otherwise each of them would use all cores, and two threaded programs on two cores take many times longer.
+        threads = max(1, psutil.cpu_count() // int(workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     config.addinivalue_line("markers", f"leg(name): one of {', '.join(LEGS)}; counted in the table at the end")
 
 
