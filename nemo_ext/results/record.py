@@ -112,8 +112,10 @@ class Limits:
             before: the similarities of its images with no neuron off, as in `Verdict`.
             threshold: τ_image.
         """
-        half = max(before) / 2
-        return cls(half if max(before) > threshold else threshold, max(half, threshold))
+        highest = max(before)
+        if highest <= threshold:
+            return cls(threshold, threshold)
+        return cls(highest / 2, (threshold + highest) / 2)
 
     def excess(self, trial: ImageTrial) -> tuple[float, ...]:
         """For each seed of a trial, how many times the limit its highest similarity is; above 1 it is a copy."""

@@ -156,7 +156,10 @@ class Verifier:
             lower = (outcome.score_after + floor) / 2
             if outcome.score_after - lower < task.protocol.raise_margin:
                 break
-            outcome = search(replace(task, threshold=lower))
+            stricter = search(replace(task, threshold=lower))
+            if stricter.neurons == outcome.neurons:
+                break
+            outcome = stricter
             trial = self._try(outcome, f"{FIRST_STEP}, τ lowered to {lower:.3f}")
         if self._replicates(trial):
             found = self._search_by_images(task, first, unsilenced)

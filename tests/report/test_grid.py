@@ -68,7 +68,7 @@ def test_images_that_nobody_checked_have_no_marks(grid: Callable[..., Grid]) -> 
 def test_an_image_is_marked_if_it_replicates_before_or_among_the_others_after(
     grid: Callable[..., Grid], verdict: Callable[..., Verdict]
 ) -> None:
-    made = verdict((0.9,) * 3, final=ImageTrial(2, "", None, remaining=(0.8, 0.3, 0.45), diversity=(0.1, 0.7, 0.5)))
+    made = verdict((0.9,) * 3, final=ImageTrial(2, "", None, remaining=(0.8, 0.3, 0.45), diversity=(0.1, 0.8, 0.7)))
     cells = grid(verdict=made).stages[1].cells
     still, differs = Mark("bad", "still replicates"), Mark("good", "differs")
     assert [cell.marks for cell in cells] == [(still,), (still,), (differs,)]

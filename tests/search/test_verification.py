@@ -1,6 +1,8 @@
 """Verification: a set is an answer only if the images are gone, and the search goes on while they are not."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -52,7 +54,12 @@ def shown_by(*carriers: tuple[str, int]) -> Remaining:
     return lambda neurons, place: 0.1 if len(wanted - neurons) == 0 else 0.9
 
 
-def verified(images: FakeImages, threshold: float = TAU, **settings: int) -> tuple[Outcome, Verdict]:
+def verified(
+    images: FakeImages,
+    threshold: float = TAU,
+    search: Callable[[Task], Outcome] = search_exhaustive,
+    **settings: int,
+) -> tuple[Outcome, Verdict]:
     verifier = Verifier(
         images,  # type: ignore[arg-type]
         Verification(sampling=Sampling(guidance=1.0), threshold=TAU_IMAGE, **settings),
@@ -63,7 +70,7 @@ def verified(images: FakeImages, threshold: float = TAU, **settings: int) -> tup
         widths = dict.fromkeys(LAYERS, 9)
         probe = FakeProbe(additive(WEIGHTS))
         task = Task(probe, activations, ZScores({}), widths, threshold, Protocol.paper(), bars)  # type: ignore[arg-type]
-        return verifier.search(task, search_exhaustive)
+        return verifier.search(task, search)
 
 
 class TestSearch:
@@ -99,6 +106,18 @@ class TestSearch:
         outcome, verdict = verified(images)
         assert SECOND in outcome.neurons.pairs()
         assert verdict.silenced
+
+    def test_goes_on_by_images_if_a_lower_threshold_finds_the_same_set_again(self) -> None:
+        searched = []
+
+        def always_the_first(task: Task) -> Outcome:
+            searched.append(task.threshold)
+            return search_exhaustive(replace(task, threshold=TAU))
+
+        outcome, verdict = verified(FakeImages(shown_by(THIRD)), search=always_the_first)
+        assert searched == [TAU, pytest.approx((0.5 + 0.25) / 2)]
+        assert [trial.criterion for trial in verdict.trials].count("first step") == 1
+        assert outcome.neurons == NeuronSet.from_pairs([THIRD])
 
     def test_judges_by_images_where_no_threshold_helps(self) -> None:
         outcome, verdict = verified(FakeImages(shown_by(THIRD)), stricter=0)
@@ -183,9 +202,15 @@ class TestLimits:
         assert verdict.limits.remaining == pytest.approx(0.475)
         assert verdict.copies == 2
 
-    def test_diversity_may_be_what_ordinary_prompts_have(self) -> None:
-        _, verdict = verified(FakeImages(shown_by(FIRST), diversity=lambda neurons: 0.39, before=(0.7, 0.7)))
-        assert verdict.silenced
+    @pytest.mark.parametrize(("diversity", "silenced"), [(0.64, True), (0.66, False)])
+    def test_images_after_are_one_image_if_they_are_nearer_to_copies_than_to_ordinary_images(
+        self, diversity: float, silenced: bool
+    ) -> None:
+        """Between τ_image = .4 and the copies' .9 lies .65."""
+        images = FakeImages(shown_by(FIRST), diversity=lambda neurons: diversity, before=(0.9, 0.9))
+        _, verdict = verified(images, stricter=0, budget=0)
+        assert (verdict.trials[0].remaining, verdict.limits.diversity) == ((0.1, 0.1), pytest.approx(0.65))
+        assert (len(verdict.trials) == 1) == silenced
 
     def test_prompt_whose_images_differ_from_the_start_has_nothing_to_silence(self) -> None:
         _, verdict = verified(FakeImages(lambda neurons, place: 0.3, before=(0.35, 0.3)))
