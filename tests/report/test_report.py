@@ -291,6 +291,16 @@ class TestContactSheet:
         assert named.width > plain.width
         assert named.height > plain.height
 
+    def test_writes_a_note_under_each_image(self) -> None:
+        image = Image.new("RGB", (8, 8), "red")
+        plain = contact_sheet([("", [image, image])], size=64)
+        noted = contact_sheet([("", [image, image])], notes=[["", "0.83"]], size=64)
+        assert noted.height > plain.height
+        below = noted.crop((0, plain.height - 4, noted.width, noted.height)).convert("L")
+        left, right = below.crop((0, 0, noted.width // 2, below.height)), below.crop((noted.width // 2, 0, *below.size))
+        assert left.getextrema() == (255, 255)
+        assert right.getextrema()[0] < 128
+
 
 @pytest.mark.parametrize(
     ("layer", "short"),
