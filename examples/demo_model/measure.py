@@ -1,7 +1,7 @@
 """Measures the figures of the model card: `python -m examples.demo_model.measure --out DIR`.
 
 It writes the figures to DIR/figures.json and the model card to DIR/README.md. At first it trains a small classifier.
-The font Noto Color Emoji must be installed, as for training. All of it took twelve minutes on two busy cores.
+The font Noto Color Emoji must be installed, as for training. All of it took an hour on one busy core.
 """
 
 from __future__ import annotations
@@ -33,11 +33,21 @@ from nemo_ext.demo.captions import (
     holdout_captions,
     ordinary_captions,
 )
-from nemo_ext.demo.run import MODEL, STATISTICS_PROMPTS, STATISTICS_TITLES, correlation, generate, original_images
+from nemo_ext.demo.run import (
+    MODEL,
+    SAMPLING,
+    STATISTICS_PROMPTS,
+    STATISTICS_TITLES,
+    correlation,
+    generate,
+    original_images,
+)
 from nemo_ext.files import replacing
+from nemo_ext.measure.image_similarity import ImageSimilarity
 from nemo_ext.measure.score import memorization_score
+from nemo_ext.measure.sscd import load_image_similarity
 from nemo_ext.measure.statistics import collect_statistics
-from nemo_ext.measure.threshold import mean_and_std
+from nemo_ext.measure.threshold import memorization_threshold
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.loading import load_pipeline
 from nemo_ext.models.state import model_fingerprint
@@ -49,6 +59,7 @@ from nemo_ext.results.record import Localization
 from nemo_ext.search.localizer import Localizer
 from nemo_ext.search.probe import NoiseProbe
 from nemo_ext.search.runs import Runs
+from nemo_ext.search.verification import Verification
 
 from .autoencoder import encode
 from .card import write_card
@@ -215,8 +226,14 @@ class _Bench:
         }
 
 
-def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
-    """Return every figure of the model card, as written to figures.json."""
+def measure(pipe: StableDiffusionPipeline, similarity: ImageSimilarity, bars: Progress) -> dict[str, Any]:
+    """Return every figure of the model card, as written to figures.json.
+
+    Args:
+        pipe: the pipeline.
+        similarity: how alike two images are, for the verification and for the similarity with the training image.
+        bars: the progress bars.
+    """
     classifier, accuracy = train_classifier(pipe, bars)
     bench = _Bench(pipe, classifier, bars)
     drawn = ordinary_captions(STATISTICS_PROMPTS + _THRESHOLD_PROMPTS + _ORDINARY_IMAGES, seed=2024)
@@ -227,15 +244,18 @@ def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
     composed = [(w, w.caption("a photo of a {object} on a {texture} {colour} background")) for w in never_seen]
 
     statistics = collect_statistics(pipe, holdout, progress=bars)
-    ordinary_scores = _scores(pipe, [c for _, c in ordinary], bars)
-    threshold = sum(mean_and_std(ordinary_scores))
+    threshold = memorization_threshold(
+        pipe, [c for _, c in ordinary], sampling=SAMPLING, similarity=similarity, progress=bars
+    )
+    assert threshold.images is not None
     memorized_scores = _scores(pipe, [m.caption for m in MEMORIZED], bars)
-    localizer = Localizer(pipe, statistics=statistics, threshold=threshold, search="exhaustive")
+    # The verification is not given the training images, because a user rarely has them.
+    localizer = Localizer(pipe, statistics=statistics, threshold=threshold, verify=Verification(similarity=similarity))
     found = localizer.localize_many([m.caption for m in MEMORIZED], progress=bars)
     union = NeuronSet()
     for one in found:
         union |= one.neurons
-    captions = [_caption(bench, index, one) for index, one in enumerate(found)]
+    captions = [_caption(bench, similarity, index, one) for index, one in enumerate(found)]
     searched = sum(layer.out_features for layer in value_layers(pipe).values())
     nothing = NeuronSet()
     return {
@@ -249,11 +269,17 @@ def measure(pipe: StableDiffusionPipeline, bars: Progress) -> dict[str, Any]:
             "as_many_random_off": bench.obeyed("ordinary, random off", shown, random_neurons(pipe, union, 5)),
         },
         "scores": {
-            "threshold": threshold,
-            "ordinary_mean": float(np.mean(ordinary_scores)),
-            "ordinary_highest": max(ordinary_scores),
+            "threshold": threshold.value,
+            "ordinary_mean": threshold.mean,
+            "ordinary_highest": max(threshold.scores),
             "memorized_lowest": min(memorized_scores),
             "memorized_median": float(np.median(memorized_scores)),
+        },
+        "images": {
+            "similarity": threshold.images.similarity,
+            "threshold": threshold.images.value,
+            "ordinary_highest": max(threshold.images.scores),
+            **SAMPLING.to_dict(),
         },
         "union": len(union),
         "median_overlap_of_two_sets": _overlap([one.neurons for one in found]),
@@ -272,12 +298,17 @@ def _scores(pipe: StableDiffusionPipeline, captions: Sequence[str], bars: Progre
     return scores
 
 
-def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
+def _caption(bench: _Bench, similarity: ImageSimilarity, index: int, one: Localization) -> dict[str, Any]:
     """Return the figures of one memorized caption: before, after, and with random neurons off instead."""
     what, originals = MEMORIZED[index], original_images(MEMORIZED[index])
 
     def correlations(images: Sequence[Image.Image]) -> list[float]:
         return [correlation(image, originals) for image in images]
+
+    known = similarity.describe(originals)
+
+    def with_original(images: Sequence[Image.Image]) -> list[float]:
+        return similarity.between(similarity.describe(images), known).amax(1).tolist()
 
     def others(images: Sequence[Image.Image]) -> list[str]:
         shown = classify(bench.classifier, images)[:, 3].tolist()
@@ -286,6 +317,8 @@ def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
     before = bench.images("untouched", [what.caption])
     after = bench.images("found off", [what.caption], one.neurons)
     control = bench.images("random off", [what.caption], random_neurons(bench.pipe, one.neurons, index))
+    verdict = one.verdict
+    assert verdict is not None
     return {
         "caption": what.caption,
         "kind": "verbatim" if what in VERBATIM else "template",
@@ -298,6 +331,16 @@ def _caption(bench: _Bench, index: int, one: Localization) -> dict[str, Any]:
         "neurons_by_layer": one.neurons.to_dict(),
         "minimal": one.certificate is not None and one.certificate.minimal,
         "unet_samples": one.unet_samples,
+        "verified": one.verified,
+        "copies": verdict.copies,
+        "found_by": verdict.final.criterion,
+        "image_trials": len(verdict.trials),
+        "copies_of_first_set": sum(excess > 1 for excess in verdict.limits.excess(verdict.trials[0])),
+        "images_before": max(verdict.before),
+        "images_after": verdict.final.highest,
+        "with_original_before": with_original(before),
+        "with_original_after": with_original(after),
+        "with_original_random": with_original(control),
         "correlation_before": correlations(before),
         "correlation_after": correlations(after),
         "correlation_random": correlations(control),
@@ -333,6 +376,11 @@ def _summary(captions: Sequence[dict[str, Any]], searched: int) -> dict[str, flo
 
     return {
         "below_threshold": float(np.mean([c["below_threshold"] for c in captions])),
+        "verified": float(np.mean([c["verified"] for c in captions])),
+        "first_set_leaves_copies": sum(c["copies_of_first_set"] > 0 for c in captions),
+        "with_original_before": pooled("with_original_before"),
+        "with_original_after": pooled("with_original_after"),
+        "with_original_random": pooled("with_original_random"),
         "median_neurons": median(lambda c: c["neurons"]),
         "median_share_of_neurons": median(lambda c: c["neurons"]) / searched,
         "correlation_before": pooled("correlation_before"),
@@ -350,10 +398,14 @@ def main() -> None:
         "--model", type=Path, default=MODEL, metavar="DIR", help="folder of the pipeline (default: the bundled model)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for figures.json and README.md")
+    parser.add_argument(
+        "--sscd", type=Path, metavar="FILE", help="the SSCD network to compare images with (default: their pixels)"
+    )
     arguments = parser.parse_args()
+    similarity = load_image_similarity(arguments.sscd)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with Progress() as bars:
-        figures = measure(load_pipeline(arguments.model), bars)
+        figures = measure(load_pipeline(arguments.model), similarity, bars)
     with replacing(arguments.out / "figures.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     write_card(arguments.out / "README.md", figures)
