@@ -7,7 +7,11 @@ writes files atomically. Exit codes: 0 success, 1 error, 2 wrong usage, 130 stop
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
+import logging
 import sys
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,7 +32,8 @@ once per model:
   3. nemo-ext localize   find the neurons that carry a prompt's image         -> results/
   4. nemo-ext generate   generate images with these neurons on and off        -> images/
   5. nemo-ext evaluate   measure on images what these neurons do              -> results/evaluation.json
-  6. nemo-ext report     show all results on one HTML page                    -> report.html
+  6. nemo-ext bake       switch these neurons off for good, in a copy         -> a diffusers folder
+  7. nemo-ext report     show all results on one HTML page                    -> report.html
 
 `nemo-ext demo` runs all steps on a small bundled model, offline.
 """
@@ -37,6 +42,11 @@ EPILOG = """\
 Exit codes: 0 success, 1 error, 2 wrong usage, 130 stopped with Ctrl-C.
 `nemo-ext COMMAND --help` describes what a command reads and writes, and gives an example.
 """
+
+
+# What is printed for characters that the encoding of the output lacks. Other letters lose their accents.
+_SPELLED = {"τ": "tau", "θ": "theta", "σ": "sigma", "μ": "mu", "δ": "delta", "→": "->", "±": "+/-", "×": "x"}
+_SPELLED |= {"–": "-", "−": "-", "·": "-", "≥": ">=", "≤": "<=", "“": '"', "”": '"', "‘": "'", "’": "'"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,11 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 success, 1 error, 2 wrong usage, 130 stopped with Ctrl-C.
     """
+    _print_every_character()
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as request:
         return request.code if isinstance(request.code, int) else 0
     try:
+        # Where the home folder cannot be written to, matplotlib reports where it keeps its fonts instead.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         with warnings.catch_warnings():
             _print_own_warnings(args)
             args.run(args)
@@ -97,6 +110,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_message(args, _reason(error))
         return 1
     return 0
+
+
+def _print_every_character() -> None:
+    """Let stdout and stderr replace what their encoding lacks, instead of raising an error.
+
+    The encoding is ASCII, Latin-1 or another small one in some batch systems, and where a pipe is redirected.
+    """
+    codecs.register_error("nemo_ext.spelled", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="nemo_ext.spelled")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """Spell the characters that could not be encoded in ASCII; the signature is that of `codecs.register_error`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(character) or _without_accents(character) for character in characters), error.end
+
+
+def _without_accents(character: str) -> str:
+    return unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
 
 
 def _reason(error: Exception) -> str:

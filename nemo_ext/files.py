@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_ext.errors import NemoError
+from nemo_ext.prompts import read_prompt_list
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,10 +37,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """Read prompts from a UTF-8 text file with one prompt per line.
-
-    Blank lines are skipped, and whitespace around a prompt is removed. No other character has a special meaning.
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """Read the texts of a list of prompts: a text file, CSV or JSON lines, as for `nemo_ext.prompts.read_prompt_list`.
 
     Args:
         path: the file.
@@ -48,40 +47,30 @@ def read_prompts(path: str | Path) -> list[str]:
         The prompts, in the order of the file.
 
     Raises:
-        NemoError: the file does not exist, cannot be read, is not UTF-8 text, or contains no prompt.
+        NemoError: as for `read_prompt_list`.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise NemoError(f"the prompt file {path} doesn't exist: write a text file with one prompt per line") from error
-    except UnicodeDecodeError as error:
-        raise NemoError(
-            f"the prompt file {path} isn't UTF-8 text (byte {error.start}): save it as UTF-8, with one prompt per line"
-        ) from error
-    except OSError as error:
-        raise NemoError(f"the prompt file {path} can't be read: {error.strerror or error}") from error
-    prompts = [line.strip() for line in text.split("\n")]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise NemoError(f"the prompt file {path} is empty: write one prompt per line")
-    return prompts
+    return [prompt.text for prompt in read_prompt_list(path)]
 
 
 def read_image(path: str | Path) -> Image:
     """Read an image file as RGB.
 
     Raises:
-        NemoError: the file cannot be read as an image.
+        NemoError: the file cannot be read as an image, or is cut off.
     """
     from PIL import Image as images
+    from PIL import ImageFile
 
+    # Programs around this one set it, and then Pillow fills what is missing of an image with gray.
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with images.open(path) as picture:
             converted: Image = picture.convert("RGB")
             return converted
-    except (OSError, ValueError, SyntaxError, images.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
         raise NemoError(f"the image {path} can't be read: {error}") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def check_input_file(path: str | Path, what: str, source: str) -> Path:

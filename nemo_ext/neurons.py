@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from torch import nn
 from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
 from nemo_ext.models.layers import unknown_layer, value_layers
+from nemo_ext.reading import parse_json, read_tensors, refusing
 
 #: A neuron: layer name and index.
 Neuron = tuple[str, int]
+
+# No layer of a model has as many neurons. A larger index is a damaged number.
+_MOST_NEURONS = 2**31
 
 
 def _network_order(layer: str) -> list[tuple[int, int, str]]:
@@ -42,7 +47,8 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
             order, and duplicates are removed. None: the set is empty.
 
     Raises:
-        NemoError: a layer name is not text, or an index is not a whole number of 0 or more.
+        NemoError: a layer name is not text, its value is not a collection of indices, or an index is not a whole number
+            of 0 or more, or is larger than any layer.
     """
 
     def __init__(self, neurons: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -50,9 +56,15 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
         for layer, indices in ({} if neurons is None else neurons).items():
             if not isinstance(layer, str):
                 raise NemoError(f"a layer name must be text, got {layer!r}")
+            if not isinstance(indices, Collection) or isinstance(indices, (str, bytes, Mapping)):
+                raise NemoError(f"{layer}: wanted a list of neuron indices, got {type(indices).__name__}")
             for index in indices:
                 if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-                    raise NemoError(f"{layer}: a neuron index must be a whole number of 0 or more, got {index!r}")
+                    raise NemoError(
+                        f"{layer}: a neuron index must be a whole number of 0 or more, got {reprlib.repr(index)}"
+                    )
+                if index >= _MOST_NEURONS:
+                    raise NemoError(f"{layer}: no layer has a neuron {reprlib.repr(index)}")
             if len(indices) > 0:
                 checked[layer] = tuple(sorted(set(indices)))
         self._neurons = {layer: checked[layer] for layer in sorted(checked, key=_network_order)}
@@ -154,6 +166,13 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
             raise NemoError(f"neurons must be a mapping of layer name to indices, got {type(neurons).__name__}")
         return cls(neurons)
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: object, handler: object) -> Any:
+        """How `nemo_ext.reading.restored` makes a field that is a set of neurons: with `from_dict`."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(cls.from_dict)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the set to a file atomically, in the format that the ending of `path` names.
 
@@ -179,17 +198,18 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
             path: a .json or .safetensors file.
 
         Raises:
-            NemoError: `path` has another ending, or the file does not contain a set of neurons.
+            NemoError: `path` has another ending, cannot be read, or does not contain a set of neurons.
         """
         ending = _ending(path)
-        try:
+        with refusing(path, "does not hold a set of neurons"):
             if ending == ".json":
-                return cls.from_dict(json.loads(Path(path).read_text()))
-            tensors = safetensors.torch.load_file(path)
+                return cls.from_dict(parse_json(Path(path).read_bytes()))
+            tensors, _ = read_tensors(path)
+            for layer, indices in tensors.items():
+                if indices.dtype != torch.int64 or indices.ndim != 1:
+                    kind = f"{indices.dtype} {list(indices.shape)}".removeprefix("torch.")
+                    raise NemoError(f"{layer}: wanted a list of int64, got {kind}")
             return cls({layer: indices.tolist() for layer, indices in tensors.items()})
-        except (ValueError, safetensors.SafetensorError, TypeError) as error:
-            # Broken JSON, text that is not UTF-8 and a NemoError about the content are ValueErrors.
-            raise NemoError(f"{path} does not hold a set of neurons: {error}") from error
 
 
 def _ending(path: str | os.PathLike[str]) -> str:

@@ -16,7 +16,9 @@ from nemo_ext.commands.shared import (
     load_model,
     new_table,
     plain,
+    read_statistics,
     show,
+    statistics_of,
     whole_number,
 )
 from nemo_ext.errors import NemoError
@@ -51,7 +53,7 @@ reads   --model       the diffusers folder that was searched
         --results     the folder that `nemo-ext localize` wrote to
         --originals   training images: a CSV file with the columns prompt,image and, if known, label (VM for
                       verbatim, TM for template); paths of images are relative to this file
-        --ordinary    ordinary prompts, one per line, for quality and detection
+        --ordinary    a list of ordinary prompts, for quality and detection: text with one per line, .csv or .jsonl
         --statistics  the statistics of the search, for detection by the text alone
         --sscd        SSCD's network: sscd_disc_mixup.torchscript.pt from
                       github.com/facebookresearch/sscd-copy-detection, or an ONNX file of it
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_path(parser, "--results", "the folder that `nemo-ext localize` wrote to", metavar="DIR")
     for flag, metavar, meaning in (
         ("--originals", "CSV", "the training images of the prompts"),
-        ("--ordinary", "FILE", "a text file with ordinary prompts, one per line"),
+        ("--ordinary", "FILE", "ordinary prompts: text with one per line, .csv or .jsonl"),
         ("--statistics", "FILE", "the statistics of this model, from `nemo-ext stats`"),
         ("--clip", "DIR", "the folder of a CLIP model"),
         ("--inception", "FILE", "FID's Inception network"),
@@ -129,8 +131,9 @@ def run(args: argparse.Namespace) -> None:
     check_prompt_sets(results, originals, ordinary)
     similarity = load_image_similarity(args.sscd)
     clip = None if args.clip is None else PromptAlignment(args.clip)
-    statistics = _load_statistics(args.statistics)
+    read = None if args.statistics is None else read_statistics(args.statistics)
     pipe = load_model(args)
+    statistics = None if read is None else statistics_of(read, pipe)
     with Progress() as bars:
         evaluation = evaluate_results(
             pipe,
@@ -159,15 +162,6 @@ def run(args: argparse.Namespace) -> None:
             f"{evaluation.reused_images} images of an earlier run)"
         )
     )
-
-
-def _load_statistics(path: Path | None) -> ActivationStatistics | None:
-    if path is None:
-        return None
-    from nemo_ext.files import check_input_file
-    from nemo_ext.measure.statistics import ActivationStatistics
-
-    return ActivationStatistics.load(check_input_file(path, "statistics", "`nemo-ext stats`"))
 
 
 def _detection(
@@ -203,7 +197,7 @@ def _print(
     rows = evaluation.summary()
     for group in evaluation.groups:
         count = sum(group in (ALL, one.label) for one in evaluation.prompts)
-        title = "All memorized prompts" if group == ALL else f"{group}, {LABELS[group]} prompts"
+        title = "All memorized prompts" if group == ALL else plain(f"{group}, {LABELS.get(group, 'labelled')} prompts")
         show(_summary_table(f"{title} ({count})", [row for row in rows if row.group == group], group, reference))
     if evaluation.ordinary is not None:
         show(_ordinary_table(evaluation.ordinary, evaluation.short_similarity))
@@ -241,7 +235,7 @@ def _prompt_table(evaluation: Evaluation) -> Table:
         return f"{before}→{after}" if measure.name != f"{short}_gen" else after
 
     for one in evaluation.prompts:
-        label = (one.label or "–",) if labelled else ()
+        label = (plain(one.label or "–"),) if labelled else ()
         table.add_row(plain(one.prompt), *label, str(one.after.neurons), *(cell(one, measure) for measure in shown))
     return table
 

@@ -8,27 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_ext.commands.shared import (
+    PROMPT_LISTS,
     add_model,
     add_path,
+    add_prompt_list,
     add_scoring,
     add_sscd,
     load_model,
+    read_prompt_selection,
+    read_statistics,
     results_table,
     show,
+    statistics_of,
     visible_text,
     whole_number,
 )
 from nemo_ext.errors import NemoError
 
 if TYPE_CHECKING:
-    from nemo_ext.measure.statistics import ActivationStatistics
     from nemo_ext.measure.threshold import Threshold
+    from nemo_ext.prompts import Prompt
     from nemo_ext.results.record import Localization
     from nemo_ext.search.verification import Verification
 
 NAME = "localize"
 SUMMARY = "find the neurons that carry a prompt's training image"
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Measure the score of each prompt, and find the few neurons that carry the training image of each memorized one.
 Every result has a certificate: the score with these neurons off, and with each of them on again.
 
@@ -37,13 +42,18 @@ neurons, and compared: if the image still comes back, the search goes on, and th
 This is the verification. It costs time, and --no-verify leaves it out.
 
 reads   --model       a diffusers folder
-        --prompts     a UTF-8 text file with one prompt per line; or --prompt TEXT for a single prompt
-        --statistics  the file that `nemo-ext stats` wrote for this model
+        --prompts     a list of prompts; or --prompt TEXT for a single prompt
+        --statistics  the file that `nemo-ext stats` wrote for this model, or a .pt file of the published scripts
         --threshold   the file that `nemo-ext threshold` wrote for this model, or a number
 writes  --out DIR     DIR/results.jsonl, with one JSON object per prompt, and the neurons of each memorized
                       prompt in DIR/neurons/NNNN-HASH.json, where NNNN is the prompt's position in
                       results.jsonl, counted from 0, and HASH is a hash of the prompt; the compared images in
                       DIR/images/NNNN-HASH/before-SEED.png and after-SEED.png
+        --published   the results of the prompts of this call once more, in the columns of the published scripts
+
+{PROMPT_LISTS}
+A column or key named type or label, with values such as VM and TM, is kept with the results. With --shard, n
+machines share the work; shards that run at the same time need a folder each.
 
 If the command was stopped, run it again to continue. Prompts that are already in results.jsonl are not searched
 again.
@@ -51,6 +61,8 @@ again.
 example:
   nemo-ext localize --model ./stable-diffusion-v1-4 --prompts suspects.txt \\
       --statistics stats.safetensors --threshold threshold.json --out results
+  nemo-ext localize --model ./stable-diffusion-v1-4 --prompts memorized_laion_prompts.csv --shard 1/4 \\
+      --statistics stats.safetensors --threshold threshold.json --out results-1 --published results-1.csv
 """
 WHEN_STOPPED = "stopped; the results so far are in {out}, run the same command again to continue"
 
@@ -59,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", type=visible_text, metavar="TEXT", help="a single prompt")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one prompt per line")
+    add_prompt_list(parser, "prompts", alternatives=prompts)
     add_path(parser, "--statistics", "the statistics of this model")
     parser.add_argument(
         "--threshold",
@@ -69,6 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a number between 0 and 1, or the file that `nemo-ext threshold` wrote",
     )
     add_path(parser, "--out", "the folder for the results", metavar="DIR")
+    parser.add_argument(
+        "--published",
+        type=Path,
+        metavar="CSV",
+        help="also write the results as the published scripts do, with the columns Caption;URL;Initial Neurons;"
+        "Initial SSIM;Refined Neurons;Refined SSIM",
+    )
     parser.add_argument(
         "--search",
         choices=("grouped", "exhaustive"),
@@ -104,21 +123,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Search every prompt that has no result yet, and write the neurons of all results."""
-    from nemo_ext.files import check_input_file, check_output_folder, read_prompts
+    from nemo_ext.files import check_output_file, check_output_folder
+    from nemo_ext.prompts import labels_of
 
     out = check_output_folder(args.out)
-    check_input_file(args.statistics, "statistics", "`nemo-ext stats`")
-    prompts = [args.prompt] if args.prompts is None else read_prompts(args.prompts)
+    if args.published is not None:
+        check_output_file(args.published, suffixes=(".csv",))
+    prompts = _prompts(args)
+    texts = [prompt.text for prompt in prompts]
+    labels = labels_of(prompts, args.prompts)
     from nemo_ext.measure.protocol import Protocol
     from nemo_ext.results.folder import NEURONS, ResultsFolder, prompt_name
+    from nemo_ext.results.published import write_published_results
     from nemo_ext.search.localizer import Localizer
 
     threshold = _load_threshold(args.threshold) if isinstance(args.threshold, Path) else args.threshold
-    statistics = _load_statistics(args.statistics)
-    verify = None if args.no_verify else _verification(args, prompts)
+    statistics = read_statistics(args.statistics)
+    verify = None if args.no_verify else _verification(args, texts)
+    pipe = load_model(args)
     localizer = Localizer(
-        load_model(args),
-        statistics=statistics,
+        pipe,
+        statistics=statistics_of(statistics, pipe),
         threshold=threshold,
         search=args.search,
         protocol=Protocol.from_name(args.protocol),
@@ -129,12 +154,14 @@ def run(args: argparse.Namespace) -> None:
     folder = ResultsFolder(out)
     results: list[Localization] = []
     try:
-        localizer.localize_many(prompts, out=out)
+        found_now = localizer.localize_many(texts, out=out, labels=labels)
     finally:
         # This runs after Ctrl-C too, so that the neurons of each result in results.jsonl have their file.
         if folder.results.exists():
             results = folder.read()
         written = folder.save_neurons(results)
+    if args.published is not None:
+        write_published_results(args.published, zip(prompts, found_now, strict=True))
     show(
         results_table(results),
         *(f"{prompt_name(index, found.prompt)}: {note}" for index, found in enumerate(results) for note in found.notes),
@@ -142,6 +169,16 @@ def run(args: argparse.Namespace) -> None:
         f" ({sum(found.seconds for found in results):.1f} s,"
         f" {sum(found.unet_samples for found in results):.0f} U-Net samples)",
     )
+
+
+def _prompts(args: argparse.Namespace) -> list[Prompt]:
+    from nemo_ext.prompts import Prompt
+
+    if args.prompts is not None:
+        return read_prompt_selection(args)
+    if args.limit is not None or args.shard is not None:
+        raise NemoError("--limit and --shard choose prompts from a list: give one with --prompts")
+    return [Prompt(args.prompt, label=None, url=None, line=1)]
 
 
 def _verification(args: argparse.Namespace, prompts: Sequence[str]) -> Verification:
@@ -190,13 +227,3 @@ def _load_threshold(file: Path) -> Threshold:
     if not 0 < threshold.value < 1:
         raise NemoError(f"the threshold in {file} is {threshold.value}, not between 0 and 1: measure it again")
     return threshold
-
-
-def _load_statistics(file: Path) -> ActivationStatistics:
-    """Load the statistics in a file. They must be finite, because a neuron with NaN would never be selected."""
-    from nemo_ext.measure.statistics import ActivationStatistics
-
-    statistics = ActivationStatistics.load(file)
-    if not all(bool(values.isfinite().all()) for values in (*statistics.mean.values(), *statistics.std.values())):
-        raise NemoError(f"the statistics in {file} hold NaN or infinity: collect them again")
-    return statistics

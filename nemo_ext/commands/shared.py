@@ -15,13 +15,23 @@ from nemo_ext.errors import NemoError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from nemo_ext.measure.published import PublishedStatistics
+    from nemo_ext.measure.statistics import ActivationStatistics
+    from nemo_ext.prompts import Prompt
     from nemo_ext.results.record import Localization
 
 #: `WHEN_STOPPED` of the commands that write their files at the very end.
 NOTHING_WRITTEN = "stopped before anything was written; run the same command again to start from the beginning"
 
+#: A paragraph for the descriptions of the commands that read lists of prompts.
+PROMPT_LISTS = """\
+A list of prompts is a UTF-8 file: text with one prompt per line; or .csv, with semicolons, commas or tabs, and a
+column named caption, prompt or text; or .jsonl, with such a key in each line. --limit N takes the first N prompts
+of it, and --shard i/n every n-th of these, beginning with the i-th.
+"""
+
 #: Columns that contain words, which are aligned to the left. All other columns contain numbers.
-_WORDS = ("name", "prompt", "layer", "memorized", "files", "images", "what", "value")
+_WORDS = ("name", "prompt", "label", "layer", "memorized", "files", "images", "what", "value")
 
 
 # Arguments.
@@ -47,6 +57,32 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_path(parser: argparse.ArgumentParser, flag: str, meaning: str, *, metavar: str = "FILE") -> None:
     """Add the required option `flag`, whose value is a path."""
     parser.add_argument(flag, type=Path, required=True, metavar=metavar, help=meaning)
+
+
+def add_prompt_list(
+    parser: argparse.ArgumentParser, meaning: str, *, alternatives: argparse._MutuallyExclusiveGroup | None = None
+) -> None:
+    """Add `--prompts`, `--limit` and `--shard`, which `read_prompt_selection` reads.
+
+    Args:
+        parser: the command's parser.
+        meaning: what the prompts are, for the help text.
+        alternatives: the group that `--prompts` belongs to; None: the option is required.
+    """
+    (parser if alternatives is None else alternatives).add_argument(
+        "--prompts",
+        type=Path,
+        required=alternatives is None,
+        metavar="FILE",
+        help=f"{meaning}: text with one per line, .csv or .jsonl",
+    )
+    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="take the first N prompts (default: all)")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="i/n",
+        help="take the i-th of n parts of these prompts, such as 1/4 (default: all)",
+    )
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +154,14 @@ def whole_number(least: int) -> Callable[[str], int]:
     return convert
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """The type of `--shard`: the part, counted from 1, and the number of parts."""
+    part, slash, parts = text.partition("/")
+    if slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
+        return int(part), int(parts)
+    raise argparse.ArgumentTypeError(f"{text!r} isn't a part such as 1/4, from 1/n to n/n")
+
+
 def visible_text(text: str) -> str:
     """The type of an argument that is a text with at least one visible character."""
     if not text.strip():
@@ -144,18 +188,70 @@ def _guidance(text: str) -> float:
 # Loading what the arguments name.
 
 
-def read_captions(path: Path) -> list[str]:
-    """Read the captions in a file, two or more, for a mean and a standard deviation over them.
+def read_prompt_selection(args: argparse.Namespace) -> list[Prompt]:
+    """Read the list `--prompts`, and choose the prompts of `--limit` and `--shard`.
 
     Raises:
-        NemoError: the file cannot be read as text, or has fewer than two captions.
+        NemoError: the list cannot be read, or the shard has no prompt.
     """
-    from nemo_ext.files import read_prompts
+    from nemo_ext.prompts import read_prompt_list
 
-    captions = read_prompts(path)
+    prompts = read_prompt_list(args.prompts)[: args.limit]
+    if args.shard is None:
+        return prompts
+    part, parts = args.shard
+    if part > len(prompts):
+        raise NemoError(f"--shard {part}/{parts} has no prompt, because there are {len(prompts)} in all")
+    return prompts[part - 1 :: parts]
+
+
+def read_captions(args: argparse.Namespace) -> list[str]:
+    """Read the captions that `--prompts`, `--limit` and `--shard` choose, for a mean and a standard deviation.
+
+    Raises:
+        NemoError: the list cannot be read, or fewer than two captions are chosen.
+    """
+    captions = [prompt.text for prompt in read_prompt_selection(args)]
     if len(captions) < 2:
-        raise NemoError(f"a standard deviation needs two captions or more, {path} has one")
+        raise NemoError(f"a standard deviation needs two captions or more, {args.prompts} gives one")
     return captions
+
+
+def read_statistics(path: Path) -> ActivationStatistics | PublishedStatistics:
+    """Read statistics, which `statistics_of` then fits to the model. They are read first, because that takes no time.
+
+    Args:
+        path: what `nemo-ext stats` or the published code has written.
+
+    Raises:
+        NemoError: there is no such file, or it has no statistics or values that are not finite.
+    """
+    from nemo_ext.files import check_input_file
+    from nemo_ext.measure.published import ENDING, PublishedStatistics
+    from nemo_ext.measure.statistics import ActivationStatistics
+
+    check_input_file(path, "statistics", "`nemo-ext stats`")
+    if path.suffix.lower() == ENDING:
+        return PublishedStatistics.load(path)
+    statistics = ActivationStatistics.load(path)
+    # A neuron with NaN would never be selected.
+    if not all(bool(values.isfinite().all()) for values in (*statistics.mean.values(), *statistics.std.values())):
+        raise NemoError(f"the statistics in {path} hold NaN or infinity: collect them again")
+    return statistics
+
+
+def statistics_of(statistics: ActivationStatistics | PublishedStatistics, pipe: Any) -> ActivationStatistics:
+    """Fit statistics to a pipeline, and say so if they do not name the model that they belong to.
+
+    Raises:
+        NemoError: they are published statistics of layers of other widths.
+    """
+    from nemo_ext.measure.statistics import ActivationStatistics
+
+    if isinstance(statistics, ActivationStatistics):
+        return statistics
+    print("The published statistics do not name their model. Only the number of neurons in each layer was compared.")
+    return statistics.for_model(pipe)
 
 
 def load_model(args: argparse.Namespace) -> Any:
@@ -218,11 +314,14 @@ def results_table(results: Sequence[Localization]) -> Table:
     from nemo_ext.results.folder import prompt_name
     from nemo_ext.results.words import short_verdict
 
-    table = new_table("Results", "name", "prompt", "neurons", "first step", "τ", "images")
+    labelled = any(found.label is not None for found in results)
+    label = ("label",) if labelled else ()
+    table = new_table("Results", "name", "prompt", *label, "neurons", "first step", "τ", "images")
     for index, found in enumerate(results):
         table.add_row(
             prompt_name(index, found.prompt),
             plain(found.prompt),
+            *((plain(found.label or "–"),) if labelled else ()),
             str(len(found.neurons)),
             f"{found.score_before:.3f}" + ("" if found.score_after is None else f" → {found.score_after:.3f}"),
             f"{found.threshold:.3f}",

@@ -6,9 +6,11 @@ import argparse
 
 from nemo_ext.commands.shared import (
     NOTHING_WRITTEN,
+    PROMPT_LISTS,
     add_batch_size,
     add_model,
     add_path,
+    add_prompt_list,
     load_model,
     new_table,
     read_captions,
@@ -17,25 +19,30 @@ from nemo_ext.commands.shared import (
 
 NAME = "stats"
 SUMMARY = "measure how each neuron reacts to ordinary captions"
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Measure how strongly each neuron reacts to ordinary captions: the mean and the standard deviation of its
 activation over the captions. Only text is processed, and no image is generated. The paper uses 50,000 captions
 of LAION; a few thousand are enough. The captions must not be ones that you suspect to be memorized.
 
 reads   --model    a diffusers folder (StableDiffusionPipeline, safetensors)
-        --prompts  a UTF-8 text file with one caption per line
-writes  --out      the statistics, a .safetensors file, which can be used with this model only
+        --prompts  a list of captions
+writes  --out      the statistics, a .safetensors file, which can be used with this model only; or a .pt file for
+                   the published scripts, which has the means and the deviations alone
+
+{PROMPT_LISTS}
+In Python, `ActivationStatistics.merge` combines the statistics of several shards.
 
 example:
   nemo-ext stats --model ./stable-diffusion-v1-4 --prompts captions.txt --out stats.safetensors
+  nemo-ext stats --model ./stable-diffusion-v1-4 --prompts laion.csv --limit 5000 --out statistics_v1_4.pt
 """
 WHEN_STOPPED = NOTHING_WRITTEN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_path(parser, "--prompts", "a text file with one caption per line")
-    add_path(parser, "--out", "the statistics (.safetensors)")
+    add_prompt_list(parser, "ordinary captions")
+    add_path(parser, "--out", "the statistics (.safetensors, or .pt for the published scripts)")
     parser.add_argument(
         "--layers",
         type=_layers,
@@ -49,13 +56,17 @@ def run(args: argparse.Namespace) -> None:
     """Collect the statistics over the captions, write them, and print a summary of each layer."""
     from nemo_ext.files import check_output_file
 
-    out = check_output_file(args.out, suffixes=(".safetensors",))
-    prompts = read_captions(args.prompts)
+    out = check_output_file(args.out, suffixes=(".safetensors", ".pt"))
+    prompts = read_captions(args)
     pipe = load_model(args)
+    from nemo_ext.measure.published import ENDING, PublishedStatistics
     from nemo_ext.measure.statistics import collect_statistics
 
     statistics = collect_statistics(pipe, prompts, batch_size=args.batch_size, layers=args.layers)
-    statistics.save(out)
+    if out.suffix == ENDING:
+        PublishedStatistics.of(statistics).save(out)
+    else:
+        statistics.save(out)
     table = new_table(f"Activation over {statistics.count} captions", "layer", "neurons", "mean", "std")
     for layer, mean in statistics.mean.items():
         std = statistics.std[layer]

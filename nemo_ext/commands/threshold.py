@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from nemo_ext.commands.shared import (
     NOTHING_WRITTEN,
+    PROMPT_LISTS,
     add_guidance,
     add_model,
     add_path,
+    add_prompt_list,
     add_scoring,
     add_sscd,
     load_model,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 NAME = "threshold"
 SUMMARY = "measure the score above which a prompt counts as memorized"
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Measure the score above which a prompt counts as memorized by this model. For each caption the first denoising
 step is run from several seeds. If the noise differences of two seeds are similar, both of them lead to the same
 image. A caption's score is the highest similarity of two seeds. The threshold is the mean plus one standard
@@ -34,18 +36,19 @@ Then whole images of some captions are generated, and the same is measured on th
 second threshold to verify that a memorized image no longer comes back.
 
 reads   --model    a diffusers folder
-        --prompts  a UTF-8 text file with two or more captions that are not memorized, one per line
+        --prompts  a list of two or more captions that are not memorized
 writes  --out      the threshold with all scores and settings, a JSON file
 
+{PROMPT_LISTS}
 example:
-  nemo-ext threshold --model ./stable-diffusion-v1-4 --prompts captions.txt --out threshold.json
+  nemo-ext threshold --model ./stable-diffusion-v1-4 --prompts captions.txt --limit 100 --out threshold.json
 """
 WHEN_STOPPED = NOTHING_WRITTEN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    add_path(parser, "--prompts", "a text file with captions that are not memorized, one per line")
+    add_prompt_list(parser, "captions that are not memorized")
     add_path(parser, "--out", "the threshold (.json)")
     add_scoring(parser)
     images = parser.add_argument_group("images for the second threshold")
@@ -57,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(2),
         default=32,
         metavar="N",
-        help="the number of captions whose images are compared, the first in the file (default: 32)",
+        help="the number of captions whose images are compared, the first ones (default: 32)",
     )
     images.add_argument(
         "--image-seeds",
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     from nemo_ext.files import check_output_file
 
     out = check_output_file(args.out, suffixes=(".json",))
-    prompts = read_captions(args.prompts)
+    prompts = read_captions(args)
     from nemo_ext.measure.generation import Sampling
     from nemo_ext.measure.sscd import load_image_similarity
 

@@ -245,7 +245,7 @@ class _Run:
         return PromptEvaluation(
             index=index,
             prompt=found.prompt,
-            label=None if originals is None else originals.labels.get(found.prompt),
+            label=found.label if originals is None else originals.labels.get(found.prompt, found.label),
             verified=found.verified,
             before=stages[0],
             after=stages[1],

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
 from nemo_ext.measure.generation import Sampling, generate_images, sampler_of
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import patched
+from nemo_ext.reading import parse_json
 from nemo_ext.results.folder import IMAGE_SETTINGS, image_name
 
 if TYPE_CHECKING:
@@ -150,8 +152,8 @@ def pipeline_fingerprint(pipe: Any) -> str:
 def _read_settings(folder: Path) -> dict[str, Any]:
     """The stages in the settings file of a folder; empty if there is no such file, or if it cannot be read."""
     try:
-        stages = json.loads((folder / IMAGE_SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stages = parse_json((folder / IMAGE_SETTINGS).read_bytes())
+    except (OSError, NemoError):
         return {}  # The images will be generated anew, which is always right.
     return stages if isinstance(stages, dict) else {}
 
@@ -185,7 +187,8 @@ def _hashes(stages: Mapping[str, Any], stage: str, settings: Mapping[str, Any]) 
     of_stage = stages.get(stage)
     if not isinstance(of_stage, dict) or of_stage.get("settings") != settings:
         return {}
-    return dict(of_stage.get("images", {}))
+    images = of_stage.get("images")
+    return dict(images) if isinstance(images, dict) else {}
 
 
 def _hash(path: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from nemo_ext.errors import NemoError
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating
+from nemo_ext.reading import PositiveCount, Seed, restored
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,9 +34,9 @@ class Sampling:
         guidance: the scale of classifier-free guidance; None: the default of the pipeline's `__call__`.
     """
 
-    seeds: int = 4
-    first_seed: int = 1
-    steps: int = 25
+    seeds: PositiveCount = 4
+    first_seed: Seed = 1
+    steps: PositiveCount = 25
     guidance: float | None = None
 
     def __post_init__(self) -> None:
@@ -68,8 +69,12 @@ class Sampling:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sampling:
-        """Make a sampling from a dictionary of `to_dict`."""
-        return cls(**values)
+        """Make a sampling from a dictionary of `to_dict`.
+
+        Raises:
+            NemoError: a field is unknown, or has a value of another type or out of range.
+        """
+        return restored(cls, values)
 
 
 def default_guidance(pipe: Any) -> float:

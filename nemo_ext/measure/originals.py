@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_ext.errors import NemoError
 from nemo_ext.files import read_image
+from nemo_ext.prompts import COLUMNS, Layout, read_table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 #: What a label means. The published list of memorized prompts has the same labels in its column `type`.
 LABELS: Mapping[str, str] = {"VM": "verbatim", "TM": "template"}
 
-_COLUMNS = ("prompt", "image")
-_LAYOUT = "wanted a CSV file with the columns prompt,image and, if known, label (VM or TM)"
+_LAYOUT = Layout(
+    what="the file of originals",
+    wanted="wanted a CSV file with the columns prompt,image and, if known, label (VM or TM)",
+    columns={**COLUMNS, "image": ("image",)},
+    required=("prompt", "image"),
+)
 
 
 class Originals(Mapping[str, tuple["Image", ...]]):
@@ -58,12 +62,13 @@ class Originals(Mapping[str, tuple["Image", ...]]):
 def read_originals(path: str | os.PathLike[str]) -> Originals:
     """Read the training images that a CSV file lists.
 
-    The first line names the columns: `prompt`, `image` and, if it is known, `label`; other columns are ignored. The
-    other lines have one image each; a prompt may have several. An image's path is relative to the CSV file. Whitespace
-    around a prompt is removed, as `read_prompts` does, so that prompts match those of a prompt file.
+    The first line names the columns: `prompt`, `image` and, if it is known, `label`, which may have the other names
+    that `read_prompt_list` knows; other columns are ignored. The other lines have one image each; a prompt may have
+    several. An image's path is relative to the CSV file. Whitespace around a prompt is removed, as `read_prompts` does,
+    so that prompts match those of a prompt file.
 
     Args:
-        path: a UTF-8 file with commas between the columns.
+        path: a UTF-8 file with commas, semicolons or tabs between the columns.
 
     Returns:
         The images, and the labels.
@@ -75,47 +80,20 @@ def read_originals(path: str | os.PathLike[str]) -> Originals:
     path = Path(path)
     images: dict[str, list[Image]] = {}
     labels: dict[str, str] = {}
-    for line, row in _rows(path):
+    for line, row in read_table(path, _LAYOUT):
         where = f"{path}, line {line}"
         prompt, image = row["prompt"], row["image"]
         label = row.get("label", "").upper()
         if not prompt or not image:
-            raise NemoError(f"{where}: the {'prompt' if image else 'image'} is empty: {_LAYOUT}")
+            raise NemoError(f"{where}: the {'prompt' if image else 'image'} is empty: {_LAYOUT.wanted}")
         if label and label not in LABELS:
             raise NemoError(f"{where}: the label is '{row['label']}': wanted {_names()}, or nothing")
         if label and labels.setdefault(prompt, label) != label:
             raise NemoError(f"{where}: the label is {label}, and an earlier line of this prompt has {labels[prompt]}")
         images.setdefault(prompt, []).append(_open(path.parent / image, where))
     if not images:
-        raise NemoError(f"{path} lists no image: {_LAYOUT}")
+        raise NemoError(f"{path} lists no image: {_LAYOUT.wanted}")
     return Originals({prompt: tuple(several) for prompt, several in images.items()}, labels)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of the file with the numbers of the lines in which they end; values without whitespace around them."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            names = [name.strip().lower() for name in reader.fieldnames or ()]
-            missing = [column for column in _COLUMNS if column not in names]
-            if missing:
-                raise NemoError(f"{path}, line 1: there is no column {' and no column '.join(missing)}: {_LAYOUT}")
-            reader.fieldnames = names
-            for row in reader:
-                if None in row or None in row.values():
-                    raise NemoError(
-                        f"{path}, line {reader.line_num}: there are {'more' if None in row else 'fewer'} values than "
-                        "columns: put a text that holds a comma into double quotes"
-                    )
-                yield reader.line_num, {name: value.strip() for name, value in row.items()}
-    except FileNotFoundError as error:
-        raise NemoError(f"the file of originals {path} does not exist: {_LAYOUT}") from error
-    except UnicodeDecodeError as error:
-        raise NemoError(f"{path} is not UTF-8 text (byte {error.start}): {_LAYOUT}") from error
-    except csv.Error as error:
-        raise NemoError(f"{path}, after line {reader.line_num}: {error}: {_LAYOUT}") from error
-    except OSError as error:
-        raise NemoError(f"the file of originals {path} cannot be read: {error.strerror or error}") from error
 
 
 def _open(path: Path, where: str) -> Image:

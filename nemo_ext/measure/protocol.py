@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_ext.errors import NemoError
+from nemo_ext.reading import Count, PositiveCount, Seed, restored
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class Protocol:
     """
 
     name: str = "paper"
-    num_inference_steps: int = 50
-    step_index: int = 0
+    num_inference_steps: PositiveCount = 50
+    step_index: Count = 0
     seeds_share_generator: bool = False
-    first_seed: int = 1
+    first_seed: Seed = 1
     data_range: float | None = 1.0
     window_sigma: float = 1.5
     threshold_guidance: float = 0.0
     first_theta: float = 5.0
     theta_step: float = 0.25
     last_theta: float = 1.0
-    first_top_k: int = 0
+    first_top_k: Count = 0
     tries_last_theta: bool = True
     keeps_duplicates: bool = False
     measures_floor: bool = True
@@ -117,9 +118,6 @@ class Protocol:
         """Make a protocol from a dictionary of `to_dict`.
 
         Raises:
-            NemoError: a field is unknown, or a value is out of range.
+            NemoError: a field is unknown, or has a value of another type or out of range.
         """
-        unknown = set(values) - {field.name for field in fields(cls)}
-        if unknown:
-            raise NemoError(f"a protocol has no field {', '.join(sorted(unknown))}")
-        return cls(**values)
+        return restored(cls, values)

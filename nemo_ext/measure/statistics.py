@@ -7,9 +7,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -23,8 +23,19 @@ from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, model_fingerprint, name_of_model
 from nemo_ext.models.text import check_prompts
 from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.reading import PositiveCount, parse_json, read_tensors, refusing, restored
 
 _FORMAT = "nemo_ext.statistics.1"
+
+
+@dataclass(frozen=True)
+class _Description:
+    """The metadata of a file of statistics, as `ActivationStatistics.save` describes it."""
+
+    format: str
+    layers: tuple[tuple[str, PositiveCount], ...]
+    fingerprint: str
+    model_name: str
 
 
 class ActivationStatistics:
@@ -212,24 +223,54 @@ class ActivationStatistics:
             path: the file.
 
         Raises:
-            NemoError: the file does not contain activation statistics.
+            NemoError: the file cannot be read, or does not contain activation statistics.
         """
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {}).get("nemo_ext", "{}"))
-                if description.get("format") != _FORMAT:
-                    raise NemoError(f"wanted format {_FORMAT}, got {description.get('format')}")
-                statistics = cls(
-                    dict(description["layers"]),
-                    fingerprint=description["fingerprint"],
-                    model_name=description["model_name"],
-                )
-                statistics._count = file.get_tensor("count")
-                statistics._mean = file.get_tensor("mean")
-                statistics._m2 = file.get_tensor("m2")
-                statistics._received = int(statistics._count)
-        except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise NemoError(f"{path} does not hold activation statistics: {error}") from error
+        with refusing(path, "does not hold activation statistics"):
+            tensors, metadata = read_tensors(path)
+            described = parse_json(metadata.get("nemo_ext", "{}").encode())
+            found = described.get("format") if isinstance(described, dict) else None
+            if found != _FORMAT:
+                raise NemoError(f"wanted format {_FORMAT}, got {found}")
+            description = restored(_Description, described)
+            widths = dict(description.layers)
+            if len(widths) != len(description.layers):
+                raise NemoError("layers: a layer is there twice")
+            shapes = {"count": [], "mean": [sum(widths.values())], "m2": [sum(widths.values())]}
+            for name, shape in shapes.items():
+                _check_tensor(name, tensors.get(name), shape)
+            count = float(tensors["count"])
+            if not count.is_integer() or count >= 2**53:
+                raise NemoError(f"count: wanted a whole number of prompts, got {count:g}")
+            statistics = cls(widths, fingerprint=description.fingerprint, model_name=description.model_name)
+            statistics._count, statistics._mean, statistics._m2 = (tensors[name] for name in shapes)
+            statistics._received = int(count)
+            return statistics
+
+    @classmethod
+    def from_moments(
+        cls,
+        mean: Mapping[str, Tensor],
+        std: Mapping[str, Tensor],
+        count: int,
+        *,
+        fingerprint: str = "",
+        model_name: str = "",
+    ) -> ActivationStatistics:
+        """Make statistics of a mean and a standard deviation that are known already.
+
+        Args:
+            mean: layer name -> μ, [N], in network order.
+            std: layer name -> unbiased σ, [N], for the same layers.
+            count: n, two prompts or more.
+            fingerprint, model_name: as for `ActivationStatistics`.
+        """
+        statistics = cls(
+            {layer: values.numel() for layer, values in mean.items()}, fingerprint=fingerprint, model_name=model_name
+        )
+        statistics._count = torch.tensor(count, dtype=torch.float64)
+        statistics._mean = torch.cat([mean[layer].double() for layer in mean])
+        statistics._m2 = torch.cat([std[layer].double().square() for layer in mean]) * (count - 1)
+        statistics._received = count
         return statistics
 
     def __repr__(self) -> str:
@@ -260,6 +301,19 @@ class ActivationStatistics:
     def _by_layer(self, values: Tensor) -> dict[str, Tensor]:
         parts = values.split(list(self.widths.values()))
         return {layer: part.clone() for layer, part in zip(self.widths, parts, strict=True)}
+
+
+def _check_tensor(name: str, tensor: Tensor | None, shape: list[int]) -> None:
+    """Check one of the tensors "count", "mean" and "m2" of a file."""
+    if tensor is None:
+        raise NemoError(f"{name} is missing")
+    if tensor.dtype != torch.float64 or list(tensor.shape) != shape:
+        kind = f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.")
+        raise NemoError(f"{name}: wanted float64 {shape}, got {kind}")
+    if not tensor.isfinite().all():
+        raise NemoError(f"{name}: wanted finite numbers, got NaN or infinity")
+    if name != "mean" and (tensor < 0).any():
+        raise NemoError(f"{name}: wanted numbers of 0 or more, got {float(tensor.min()):g}")
 
 
 def _shape_of(widths: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from nemo_ext.measure.score import image_score, score_of_embedding
 from nemo_ext.models.state import model_fingerprint, name_of_model
 from nemo_ext.models.text import check_prompts, encode_prompts
 from nemo_ext.progress import Progress, ProgressLike, open_progress
+from nemo_ext.reading import PositiveCount, parse_json, refusing, restored
 
 # The protocol's fields that scores must share to be comparable. The seeds may differ, but not their number.
 _FIELDS_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window_sigma", "threshold_guidance")
@@ -93,7 +95,7 @@ class Threshold:
     mean: float
     std: float
     scores: tuple[float, ...]
-    seeds: int
+    seeds: PositiveCount
     protocol: Protocol
     fingerprint: str
     model_name: str
@@ -140,18 +142,23 @@ class Threshold:
         """Read a threshold that `save` has written.
 
         Raises:
-            NemoError: the file does not contain a threshold.
+            NemoError: the file cannot be read, does not contain a threshold, or the threshold is not the one of its
+                scores.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-            values["protocol"] = Protocol.from_dict(values["protocol"])
-            values["scores"] = tuple(values["scores"])
-            if (images := values.get("images")) is not None:
-                images = {**images, "scores": tuple(images["scores"]), "sampling": Sampling(**images["sampling"])}
-                values["images"] = ImageThreshold(**images)
-            return cls(**values)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise NemoError(f"{path} does not hold a threshold: {error}") from error
+        with refusing(path, "does not hold a threshold"):
+            read = restored(cls, parse_json(Path(path).read_bytes()))
+            _check_sums(read, "")
+            if read.images is not None:
+                _check_sums(read.images, "images.")
+            return read
+
+
+def _check_sums(read: Threshold | ImageThreshold, where: str) -> None:
+    """Check that a threshold follows from its scores, because a damaged digit shows in nothing else."""
+    mean, std = mean_and_std(read.scores)
+    for name, wanted in {"mean": mean, "std": std, "value": mean + std}.items():
+        if not math.isclose(wanted, getattr(read, name), rel_tol=1e-6, abs_tol=1e-9):
+            raise NemoError(f"{where}{name}: wanted {wanted:.6g}, as the scores say, got {getattr(read, name):.6g}")
 
 
 def memorization_threshold(

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
+from nemo_ext.reading import parse_json, refusing
 from nemo_ext.results.record import Localization
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ def _mend_last_line(path: Path) -> None:
             return
         start = content.rfind(b"\n") + 1
         try:
-            json.loads(content[start:])
-        except ValueError:
+            parse_json(content[start:])
+        except NemoError:
             file.truncate(start)
         else:
             file.write(b"\n")
@@ -230,8 +231,6 @@ def read_results(path: str | os.PathLike[str]) -> list[Localization]:
         raise NemoError(f"{path} does not exist: give the folder that `nemo-ext localize` wrote to")
     results = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            results.append(Localization.from_dict(json.loads(line)))
-        except (ValueError, NemoError) as error:
-            raise NemoError(f"{path}, line {number}, is not a result: {error}") from error
+        with refusing(f"{path}, line {number},", "is not a result"):
+            results.append(Localization.from_dict(parse_json(line)))
     return results

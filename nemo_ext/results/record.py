@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nemo_ext.errors import NemoError
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.neurons import NeuronSet
+from nemo_ext.reading import Amount, Count, PositiveCount, Seed, restored
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class NeuronScore:
     """
 
     layer: str
-    index: int
+    index: Count
     score: float
 
 
@@ -55,8 +56,12 @@ class Certificate:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
-        """Make a certificate from a dictionary of `to_dict`."""
-        return cls(**{**values, "each_on": tuple(NeuronScore(**row) for row in values["each_on"])})
+        """Make a certificate from a dictionary of `to_dict`.
+
+        Raises:
+            NemoError: as for `nemo_ext.reading.restored`.
+        """
+        return restored(cls, values)
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class ImageTrial:
             is empty if only some seeds were generated, because one of them already replicated.
     """
 
-    neurons: int
+    neurons: Count
     criterion: str
     score: float | None
     remaining: tuple[float, ...]
@@ -83,13 +88,6 @@ class ImageTrial:
     def highest(self) -> float:
         """The highest similarity of this trial."""
         return max((*self.remaining, *self.diversity))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ImageTrial:
-        """Make a trial from a dictionary of `dataclasses.asdict`."""
-        return cls(
-            **{**values, "remaining": tuple(values["remaining"]), "diversity": tuple(values["diversity"])},
-        )
 
 
 @dataclass(frozen=True)
@@ -148,8 +146,8 @@ class Verdict:
 
     threshold: float
     similarity: str
-    seeds: tuple[int, ...]
-    steps: int
+    seeds: tuple[Seed, ...]
+    steps: PositiveCount
     guidance: float
     before: tuple[float, ...]
     final: ImageTrial
@@ -157,7 +155,7 @@ class Verdict:
     originals_before: tuple[float, ...] | None
     originals_after: tuple[float, ...] | None
     instead: tuple[str | None, ...] | None
-    unet_samples: float
+    unet_samples: Amount
 
     @property
     def limits(self) -> Limits:
@@ -182,16 +180,6 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """All fields as a dictionary for JSON."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Verdict:
-        """Make a verdict from a dictionary of `to_dict`."""
-        restored = dict(values)
-        for name in ("seeds", "before", "originals_before", "originals_after", "instead"):
-            restored[name] = None if values[name] is None else tuple(values[name])
-        restored["final"] = ImageTrial.from_dict(values["final"])
-        restored["trials"] = tuple(ImageTrial.from_dict(trial) for trial in values["trials"])
-        return cls(**restored)
 
 
 @dataclass(frozen=True)
@@ -243,6 +231,8 @@ class Localization:
             memorization. It can be a lower bound that is above the threshold of the trial.
         verification: the settings of the verification (`Verification.to_dict`); None: the images were not checked.
         verdict: what the images show; None if they were not checked.
+        label: how the list of prompts labels this one, such as "VM" or "TM"; None if it does not. No measurement
+            depends on it.
     """
 
     prompt: str
@@ -254,23 +244,24 @@ class Localization:
     threshold_used: float | None
     notes: tuple[str, ...]
     theta: float | None
-    top_k: int | None
+    top_k: Count | None
     initial_neurons: NeuronSet
     neurons: NeuronSet
-    kept_seeds: tuple[int, ...]
-    unet_samples: float
-    seconds: float
+    kept_seeds: tuple[Count, ...]
+    unet_samples: Amount
+    seconds: Amount
     certificate: Certificate | None
     search: str
     protocol: Protocol
-    seeds: int
+    seeds: PositiveCount
     layers: tuple[str, ...]
-    similarity_scales: int
+    similarity_scales: PositiveCount
     model: str
     statistics: str
-    history: tuple[tuple[int, float], ...] = ()
+    history: tuple[tuple[Count, float], ...] = ()
     verification: Mapping[str, Any] | None = None
     verdict: Verdict | None = None
+    label: str | None = None
 
     @property
     def below_threshold(self) -> bool:
@@ -311,22 +302,48 @@ class Localization:
     def from_dict(cls, values: Mapping[str, Any]) -> Localization:
         """Make a localization from a dictionary of `to_dict`.
 
+        The fields with a default may be missing, because results of version 0.1 lack them.
+
         Raises:
-            NemoError: a field is missing or unknown, or has a wrong type.
+            NemoError: another field is missing, a field is unknown or has a value of another type or out of range, or
+                two fields do not fit together.
         """
-        try:
-            restored = dict(values)
-            for name in ("initial_neurons", "neurons"):
-                restored[name] = NeuronSet.from_dict(values[name])
-            for name in ("notes", "kept_seeds", "layers"):
-                restored[name] = tuple(values[name])
-            restored["protocol"] = Protocol.from_dict(values["protocol"])
-            if values["certificate"] is not None:
-                restored["certificate"] = Certificate.from_dict(values["certificate"])
-            # Results of version 0.1 have no images and no history.
-            restored["history"] = tuple((count, score) for count, score in values.get("history", ()))
-            if values.get("verdict") is not None:
-                restored["verdict"] = Verdict.from_dict(values["verdict"])
-            return cls(**restored)
-        except (KeyError, TypeError, ValueError) as error:
-            raise NemoError(f"not a localization: {error}") from error
+        found = restored(cls, values)
+        for fault in (*_faults(found), *(() if found.verdict is None else _faults_of_verdict(found.verdict))):
+            raise NemoError(fault)
+        return found
+
+
+def _faults(found: Localization) -> Iterator[str]:
+    """The fields of a result that do not fit together; what works with results relies on them."""
+    if found.memorized and found.score_after is None:
+        yield "score_after is missing, although the prompt is memorized"
+    if any(seed >= found.seeds for seed in found.kept_seeds):
+        yield f"kept_seeds: wanted seeds from 0 to {found.seeds - 1}, got {max(found.kept_seeds)}"
+    for name, neurons in (("neurons", found.neurons), ("initial_neurons", found.initial_neurons)):
+        for layer in neurons.layers:
+            if layer not in found.layers:
+                yield f"{name}: '{layer}' is not one of the searched layers"
+
+
+def _faults_of_verdict(verdict: Verdict) -> Iterator[str]:
+    """The fields of a verdict that do not fit together: most have a value for each seed, and no limit is 0."""
+    seeds = len(verdict.seeds)
+    if seeds < 2:
+        yield f"verdict.seeds: wanted two seeds or more, got {seeds}"
+    of_each_seed = {
+        "before": verdict.before,
+        "final.remaining": verdict.final.remaining,
+        "final.diversity": verdict.final.diversity,
+        "originals_before": verdict.originals_before,
+        "originals_after": verdict.originals_after,
+        "instead": verdict.instead,
+    }
+    for name, values in of_each_seed.items():
+        if values is not None and len(values) != seeds:
+            yield f"verdict.{name}: wanted a value for each of {seeds} seeds, got {len(values)}"
+    for number, trial in enumerate(verdict.trials):
+        if not trial.remaining or len(trial.diversity) not in (0, len(trial.remaining)):
+            yield f"verdict.trials[{number}]: wanted values of remaining, and as many of diversity or none"
+    if 0 in (verdict.limits.remaining, verdict.limits.diversity):
+        yield f"verdict.threshold: no image is more alike than a limit of 0, got {verdict.threshold:g}"

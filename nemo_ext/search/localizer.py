@@ -281,6 +281,8 @@ class Localizer:
         out: str | os.PathLike[str] | None = None,
         resume: bool = True,
         progress: ProgressLike = None,
+        *,
+        labels: Mapping[str, str] | None = None,
     ) -> list[Localization]:
         """Localize several prompts one after another, and write each result to disk as soon as it is found.
 
@@ -290,6 +292,7 @@ class Localizer:
             resume: if True, results that are already in the folder are reused, and new ones are added. If False, the
                 new results replace those in the folder.
             progress: as for `nemo_ext.progress.open_progress`.
+            labels: prompt -> label, for the prompts that have one; each new result keeps it.
 
         Returns:
             One result for each prompt, in the order of `prompts`.
@@ -304,15 +307,16 @@ class Localizer:
             writer = None
             if out is not None:
                 writer = stack.enter_context(ResultsFolder(out).writing(anew=not resume))
+                settings = self.settings  # once, because it reads all statistics for their digest
                 for found in writer.kept:
-                    self._check_settings(found, writer.path)
+                    _check_settings(found.settings, settings, writer.path)
                 known = {found.prompt: found for found in writer.kept}
             bars = stack.enter_context(open_progress(progress))
             advance = stack.enter_context(bars.task("prompts", len(texts)))
             for text in texts:
                 if text not in known:
                     found, images = self._search(text, bars)
-                    known[text] = found
+                    known[text] = found = replace(found, label=(labels or {}).get(text))
                     if writer is not None:
                         writer.append(found, {} if images is None else self._pictures(found, images))
                 advance(1)
@@ -329,15 +333,15 @@ class Localizer:
             pictures[ORIGINAL] = original
         return pictures
 
-    def _check_settings(self, found: Localization, path: Path) -> None:
-        there, now = found.settings, self.settings
-        for field in fields(Settings):
-            old, new = getattr(there, field.name), getattr(now, field.name)
-            if old != new:
-                raise NemoError(
-                    f"{path} has results with another {field.name}: {old}, now {new}; choose another folder, or "
-                    "replace the results with resume=False"
-                )
+
+def _check_settings(there: Settings, now: Settings, path: Path) -> None:
+    for field in fields(Settings):
+        old, new = getattr(there, field.name), getattr(now, field.name)
+        if old != new:
+            raise NemoError(
+                f"{path} has results with another {field.name}: {old}, now {new}; choose another folder, or "
+                "replace the results with resume=False"
+            )
 
 
 def localize(

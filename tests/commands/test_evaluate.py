@@ -1,6 +1,7 @@
 """`nemo-ext evaluate` as a user runs it, on a pipeline with planted neurons."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -130,6 +131,16 @@ def test_without_files_the_columns_are_left_out_with_their_reasons(
         assert reason in printed
     assert "pixels_gen" in printed
     assert "SSCD_gen" not in printed
+
+
+def test_labels_of_the_list_of_prompts_group_the_figures(
+    planted: Planted, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = localization(planted.memorized_prompt, planted.neurons, model_fingerprint(planted.pipe))
+    with ResultsFolder(tmp_path).writing() as writer:
+        writer.append(dataclasses.replace(found, label="photo"))
+    assert evaluate(model, tmp_path) == 0
+    assert "photo, labelled prompts (1)" in capsys.readouterr().out
 
 
 def test_images_of_an_earlier_run_are_used_again(

@@ -73,12 +73,12 @@ def test_an_error_names_file_and_line(folder: Path, lines: tuple[str, ...], said
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(NemoError, match=r"none\.csv does not exist"):
+    with pytest.raises(NemoError, match=r"none\.csv doesn't exist"):
         read_originals(tmp_path / "none.csv")
 
 
 def test_a_file_that_is_no_text_is_named(folder: Path) -> None:
-    with pytest.raises(NemoError, match=r"red\.png is not UTF-8 text"):
+    with pytest.raises(NemoError, match=r"red\.png isn't UTF-8 text"):
         read_originals(folder / "images" / "red.png")
 
 

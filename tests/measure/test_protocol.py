@@ -45,5 +45,5 @@ class TestProtocol:
             dataclasses.replace(PAPER, **{field: value})
 
     def test_refuses_unknown_fields(self) -> None:
-        with pytest.raises(NemoError, match="a protocol has no field speed"):
+        with pytest.raises(NemoError, match="there is no field speed"):
             Protocol.from_dict({"speed": 1})

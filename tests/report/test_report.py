@@ -66,6 +66,11 @@ class TestSummary:
         text = write(localization(memorized=False, verdict=verdict(before=(0.2, 0.2)))).text
         assert "– not memorized 0.312 τ 0.430 – – 0.200 τ image 0.500 120" in text
 
+    def test_a_row_shows_the_label_of_its_prompt(self, localization: Make, write: Make) -> None:
+        text = write(localization(label="VM <b>"), localization("another")).text
+        assert "1 a prompt VM <b> ? images not checked" in text
+        assert "2 another ? images not checked" in text
+
     def test_tables_of_others_follow_it(self, localization: Make, write: Make) -> None:
         table = ReportTable("Evaluation", "A <b>caption</b>.", ["measure", "value"], [["SSCD", NASTY]], numbers=[1])
         page = write(localization(), tables=[table])

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from nemo_ext.measure.statistics import ActivationStatistics, collect_statistics
 from nemo_ext.measure.threshold import memorization_threshold
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import is_patched, patch
-from nemo_ext.results.folder import read_results
+from nemo_ext.results.folder import ResultsFolder, read_results
 from nemo_ext.results.record import Localization
 from nemo_ext.search import grouped
 from nemo_ext.search.localizer import Localizer, localize
@@ -335,6 +337,36 @@ class TestManyPrompts:
             other.localize_many(planted.ordinary_prompts[:1], out=tmp_path)
         other.localize_many(planted.ordinary_prompts[:1], out=tmp_path, resume=False)
         assert [found.threshold for found in read_results(tmp_path)] == [0.4]
+
+    def test_a_label_is_kept_with_the_result(self, tmp_path: Path, localizer: Localizer, planted: Planted) -> None:
+        first, second = planted.ordinary_prompts[:2]
+        results = localizer.localize_many([first, second], out=tmp_path, labels={second: "TM", "another": "VM"})
+        assert [found.label for found in results] == [None, "TM"]
+        assert read_results(tmp_path) == results
+        assert localizer.localize_many([second], out=tmp_path) == results[1:]
+
+    def test_each_result_costs_the_same_however_many_there_are(
+        self, tmp_path: Path, localizer: Localizer, planted: Planted, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Results that are there are read once for all prompts, and nothing of them is written again."""
+        found = localizer.localize(planted.ordinary_prompts[0])
+        with ResultsFolder(tmp_path).writing() as writer:
+            for place in range(5):
+                writer.append(dataclasses.replace(found, prompt=f"old {place}"))
+        before = (tmp_path / "results.jsonl").read_bytes()
+        read = Counter[str]()
+
+        def from_dict(values: dict[str, Any]) -> Localization:
+            read[values["prompt"]] += 1
+            return dataclasses.replace(found, prompt=values["prompt"])
+
+        monkeypatch.setattr(Localization, "from_dict", from_dict)
+        _note_searches(localizer, monkeypatch)
+        localizer.localize_many(planted.ordinary_prompts[:3], out=tmp_path)
+        assert read == {f"old {place}": 1 for place in range(5)}
+        after = (tmp_path / "results.jsonl").read_bytes()
+        assert after.startswith(before)
+        assert after.count(b"\n") == 8
 
     def test_batch_size_is_no_setting(
         self, tmp_path: Path, localizer: Localizer, planted: Planted, statistics: ActivationStatistics
