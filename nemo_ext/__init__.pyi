@@ -1,6 +1,7 @@
 # The public names of the package: `__init__.py` loads them from here at their first use, and type checkers read them.
 
 from . import ops as ops
+from .baking.bake import bake as bake
 from .errors import NemoError as NemoError
 from .measure.generation import Sampling as Sampling
 from .measure.protocol import Protocol as Protocol

@@ -27,7 +27,7 @@ from nemo_ext.measure.threshold import Threshold
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.results.folder import ResultsFolder, prompt_name, read_results
 
-SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "evaluate", "report", "demo", "info")
+SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "evaluate", "bake", "report", "demo", "info")
 
 #: An option as a help text names it; "nemo-ext" and "published-code" hold none.
 OPTION = r"(?<![\w-])--?[a-z][a-z-]*"
