@@ -54,6 +54,8 @@ def evaluation_tables(folder: str | Path) -> list[ReportTable]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
+                if None in row.values():
+                    raise ValueError("a row is cut off")
                 number = f"{float(row['value']):.3g}" if row["value"] else "–"
                 deviation = f" ± {float(row['deviation']):.2g}" if row["deviation"] else ""
                 groups.setdefault(row["group"], {}).setdefault(row["measure"], {})[row["stage"]] = number + deviation

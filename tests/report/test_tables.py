@@ -26,7 +26,10 @@ def test_are_absent_without_an_evaluation(tmp_path: Path) -> None:
     assert evaluation_tables(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", ["group,stage\nVM,before\n", SUMMARY.replace("0.8312", "high")])
+@pytest.mark.parametrize(
+    "content",
+    ["group,stage\nVM,before\n", SUMMARY.replace("0.8312", "high"), "group,measure,stage,value,deviation\nVM,SSCD\n"],
+)
 def test_of_another_file_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "evaluation-summary.csv").write_text(content)
     with pytest.raises(NemoError, match=r"evaluation-summary\.csv is not the summary of an evaluation"):
