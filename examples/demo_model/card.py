@@ -190,7 +190,7 @@ def _checks(figures: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
 
 def _limits(figures: Mapping[str, Any]) -> list[str]:
     """Return what the medians of `_checks` hide, as list items."""
-    captions = figures["captions"]
+    captions, unrelated = figures["captions"], figures["images"]["different_originals"]
     shared, others = figures["median_overlap_of_two_sets"], figures["silenced_by_another_captions_set"]
     lines = [
         f"- **The neurons do not belong to one image each.** The sets of all {len(captions)} captions together have "
@@ -217,8 +217,9 @@ def _limits(figures: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"- **“{c['caption']}”**: {late} of 4 images are still more than half as similar to the training image "
                 f"as before. But before, the similarity was only {np.median(c['with_original_before']):.2f}, because "
-                "the autoencoder blurs, and images that have nothing in common reach half of that. Compared with each "
-                "other, the images before and after are different ones, and this is what the verification looks at."
+                f"the autoencoder blurs, and training images of different captions have {unrelated:.2f} among "
+                "themselves. Compared with each other, the images before and after are different ones, and this is "
+                "what the verification looks at."
             )
         before, after = (float(np.median(c[f"correlation_{name}"])) for name in ("before", "after"))
         if after >= 0.3 and c["verified"]:

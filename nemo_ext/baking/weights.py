@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 
 from nemo_ext.errors import NemoError
 from nemo_ext.neurons import NeuronSet
+from nemo_ext.reading import parse_json, refusing
 
 #: Formats of weights that are not changed here. Some of them are pickles, and opening these can run code.
 _OTHER_WEIGHTS = (
@@ -73,7 +75,8 @@ def plan_folder(folder: Path, denoiser: str, layers: Mapping[str, nn.Linear], ne
             the file.
     """
     files, folders, left_out = _walk(folder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    with refusing(folder / "model_index.json", "does not describe a pipeline"):
+        index = parse_json((folder / "model_index.json").read_bytes())
     components = {name for name, entry in index.items() if isinstance(entry, list)}
     variants: dict[str, list[Path]] = {}
     for file in files:
@@ -152,6 +155,7 @@ def _spans_in(file: Path, layers: Mapping[str, nn.Linear], neurons: NeuronSet) -
     spans: list[Span] = []
     there: set[str] = set()
     with _opened(file) as weights:
+        header, begin = _header(file)
         names = set(weights.keys())
         for layer, indices in neurons.items():
             for part, shape in (("weight", tuple(layers[layer].weight.shape)), ("bias", (layers[layer].out_features,))):
@@ -159,7 +163,7 @@ def _spans_in(file: Path, layers: Mapping[str, nn.Linear], neurons: NeuronSet) -
                 if name not in names:
                     continue
                 _check_values(file, name, weights.get_tensor(name), shape)
-                spans += _rows(file, name, indices)
+                spans += _rows(header[name], begin, indices)
                 if part == "weight":
                     there.add(layer)
     return spans, there
@@ -175,15 +179,25 @@ def _check_values(file: Path, name: str, values: torch.Tensor, shape: tuple[int,
         raise NemoError(f"{file}: {name} holds NaN or infinity: get an undamaged copy")
 
 
-def _rows(file: Path, name: str, indices: Sequence[int]) -> Iterator[Span]:
-    """The spans of some rows of a tensor. The library has checked the file's header when it opened the file."""
+def _header(file: Path) -> tuple[Mapping[str, Any], int]:
+    """The header of a file, and where its data begin. The library has checked it when it opened the file."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        entry = json.loads(opened.read(length))[name]
+        return json.loads(opened.read(length)), 8 + length
+
+
+def _rows(entry: Mapping[str, Any], data: int, indices: Sequence[int]) -> Iterator[Span]:
+    """The spans of some rows of a tensor.
+
+    Args:
+        entry: the tensor's entry in the header of its file.
+        data: where the data of the file begin.
+        indices: the rows.
+    """
     begin, end = entry["data_offsets"]
     row = (end - begin) // entry["shape"][0]
     for index in indices:
-        yield 8 + length + begin + index * row, row
+        yield data + begin + index * row, row
 
 
 def _opened(file: Path) -> safetensors.safe_open:

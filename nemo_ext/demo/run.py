@@ -113,9 +113,9 @@ def run(out: Path, similarity: ImageSimilarity | None = None) -> None:
     """Run all steps on the bundled model, write all results to a folder, and print tables.
 
     Args:
-        similarity: how alike two images are; None: SSCD if the extra `sscd` is installed, else `PixelSimilarity`.
         out: the folder for results.jsonl, neurons/, images/, the statistics, the threshold, the contact sheet and the
             report. It must be new, empty, or the folder of an earlier demo, whose files are replaced.
+        similarity: how alike two images are; None: SSCD if the extra `sscd` is installed, else `PixelSimilarity`.
 
     Raises:
         NemoError: the folder contains other files, or the bundled model is missing.

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 from PIL import Image
-from tiny_pipeline import Planted, planted_pipeline
+from tiny_pipeline import Planted
 
 from nemo_ext import commands
 from nemo_ext.cli import main
@@ -49,21 +49,6 @@ def assert_one_sentence(errors: str, *parts: str) -> None:
     assert "Traceback" not in errors
     for part in parts:
         assert part in errors
-
-
-@pytest.fixture(scope="module")
-def planted() -> Planted:
-    return planted_pipeline()
-
-
-@pytest.fixture(scope="module")
-def model(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted pipeline, saved as diffusers saves it."""
-    folder = tmp_path_factory.mktemp("model")
-    # What was set on a module by hand has to be in the configuration to be there after loading.
-    planted.pipe.unet.register_to_config(norm_eps=planted.pipe.unet.conv_norm_out.eps)
-    planted.pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_parts import localization, noise_image
-from tiny_pipeline import Planted, planted_pipeline
+from tiny_pipeline import Planted
 from torch import Tensor, nn
 
 from nemo_ext.cli import main
@@ -30,21 +30,6 @@ class Rows(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.mean((1, 3)) @ self.weight
-
-
-@pytest.fixture(scope="module")
-def planted() -> Planted:
-    return planted_pipeline()
-
-
-@pytest.fixture(scope="module")
-def model(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted pipeline, saved as diffusers saves it."""
-    folder = tmp_path_factory.mktemp("model")
-    # What was set on a module by hand has to be in the configuration to be there after loading.
-    planted.pipe.unet.register_to_config(norm_eps=planted.pipe.unet.conv_norm_out.eps)
-    planted.pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

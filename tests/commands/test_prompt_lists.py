@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipeline import DOWN_AND_MID, Planted, planted_pipeline
+from tiny_pipeline import DOWN_AND_MID, Planted
 
 from nemo_ext.cli import main
 from nemo_ext.commands.shared import add_prompt_list, read_captions, read_prompt_selection
@@ -64,20 +64,6 @@ class TestParts:
         single = ["localize", "--model", "m", "--prompt", "p", "--statistics", "s", "--threshold", ".5"]
         assert main([*single, "--out", str(tmp_path / "r"), "--shard", "1/2"]) == 1
         assert "--limit and --shard choose prompts from a list" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def planted() -> Planted:
-    return planted_pipeline()
-
-
-@pytest.fixture(scope="module")
-def model(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted pipeline, saved as diffusers saves it."""
-    folder = tmp_path_factory.mktemp("model")
-    planted.pipe.unet.register_to_config(norm_eps=planted.pipe.unet.conv_norm_out.eps)
-    planted.pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow
