@@ -187,7 +187,7 @@ class NeuronSet(Mapping[str, tuple[int, ...]]):
             if ending == ".json":
                 temporary.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
             else:
-                tensors = {layer: torch.tensor(indices) for layer, indices in self.items()}
+                tensors = {layer: torch.tensor(indices, device="cpu") for layer, indices in self.items()}
                 safetensors.torch.save_file(tensors, temporary)
 
     @classmethod

@@ -23,6 +23,7 @@ from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.models.text import check_prompts
 from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.torch_state import plain_torch
 
 #: The number of bootstrap resamples, and the seed with which they are drawn.
 RESAMPLES, BOOTSTRAP_SEED = 1000, 0
@@ -194,6 +195,7 @@ def detection_table(
     )
 
 
+@plain_torch()
 def measure_detectors(
     pipe: Any,
     prompts: Sequence[str],

@@ -27,11 +27,13 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.progress import ProgressLike, open_progress
 from nemo_ext.results.folder import ORIGINAL, ResultsFolder
 from nemo_ext.results.record import Localization
+from nemo_ext.torch_state import plain_torch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@plain_torch()
 def evaluate_results(
     pipe: Any,
     results: Sequence[Localization],

@@ -14,6 +14,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.forwards import replaced_forwards
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.text import encode_prompts
+from nemo_ext.torch_state import plain_torch
 
 
 class ValueStack:
@@ -95,6 +96,7 @@ class ValueStack:
         return dict(zip(self.widths, values.split(list(self.widths.values()), dim=-1), strict=True))
 
 
+@plain_torch()
 def prompt_activations(
     pipe: Any, prompts: Sequence[str], layers: str | Sequence[str] | None = None
 ) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.similarity import similarity as map_similarity
 from nemo_ext.measure.similarity import similarity_scales
 from nemo_ext.models.text import encode_prompts
+from nemo_ext.torch_state import plain_torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ def pairwise_score(differences: Tensor, protocol: Protocol) -> MemorizationScore
     return MemorizationScore(pairs)
 
 
+@plain_torch()
 def memorization_score(
     pipe: Any,
     prompt: str,

@@ -24,6 +24,7 @@ from nemo_ext.models.state import evaluating, model_fingerprint, name_of_model
 from nemo_ext.models.text import check_prompts
 from nemo_ext.progress import ProgressLike, open_progress
 from nemo_ext.reading import PositiveCount, parse_json, read_tensors, refusing, restored
+from nemo_ext.torch_state import plain_torch
 
 _FORMAT = "nemo_ext.statistics.1"
 
@@ -320,6 +321,7 @@ def _shape_of(widths: Mapping[str, int]) -> str:
     return f"{len(widths)} layers, {sum(widths.values())} neurons"
 
 
+@plain_torch()
 def collect_statistics(
     pipe: Any,
     prompts: Sequence[str],

@@ -23,6 +23,7 @@ from nemo_ext.models.state import model_fingerprint, name_of_model
 from nemo_ext.models.text import check_prompts, encode_prompts
 from nemo_ext.progress import Progress, ProgressLike, open_progress
 from nemo_ext.reading import PositiveCount, parse_json, refusing, restored
+from nemo_ext.torch_state import plain_torch
 
 # The protocol's fields that scores must share to be comparable. The seeds may differ, but not their number.
 _FIELDS_OF_A_SCORE = ("num_inference_steps", "step_index", "data_range", "window_sigma", "threshold_guidance")
@@ -161,6 +162,7 @@ def _check_sums(read: Threshold | ImageThreshold, where: str) -> None:
             raise NemoError(f"{where}{name}: wanted {wanted:.6g}, as the scores say, got {getattr(read, name):.6g}")
 
 
+@plain_torch()
 def memorization_threshold(
     pipe: Any,
     prompts: Sequence[str],

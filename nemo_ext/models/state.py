@@ -12,6 +12,7 @@ from torch import nn
 
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import denoiser_of, family_of
+from nemo_ext.torch_state import plain_torch
 
 
 def is_compiled(denoiser: nn.Module) -> bool:
@@ -23,7 +24,7 @@ def is_compiled(denoiser: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(pipe: Any) -> Iterator[None]:
-    """Run a block without gradients and in evaluation mode. Afterwards every module has the mode that it had before.
+    """Run a block in evaluation mode and under `plain_torch`. Afterwards every module has the mode that it had before.
 
     Args:
         pipe: a pipeline; its denoiser and its text encoders are switched.
@@ -34,7 +35,7 @@ def evaluating(pipe: Any) -> Iterator[None]:
     try:
         for module in modules:
             module.training = False
-        with torch.no_grad():
+        with plain_torch():
             yield
     finally:
         for module, mode in zip(modules, modes, strict=True):

@@ -164,7 +164,9 @@ def neuron_scales(
         raise NemoError(f"scale must be a finite number, got {scale}")
     chosen = neurons if isinstance(neurons, NeuronSet) else NeuronSet(neurons)
     chosen.check_layers(layers)
-    scales = {layer: torch.ones(module.out_features) for layer, module in layers.items()}
+    scales = {
+        layer: torch.ones(module.out_features, dtype=torch.float32, device="cpu") for layer, module in layers.items()
+    }
     for layer, indices in chosen.items():
         scales[layer][list(indices)] = scale
     return {layer: (scales[layer], bool((scales[layer] == 1).all())) for layer in layers}

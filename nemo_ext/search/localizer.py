@@ -40,6 +40,7 @@ from nemo_ext.search.partial_unet import EntryPoints
 from nemo_ext.search.probe import NoiseProbe
 from nemo_ext.search.runs import Runs
 from nemo_ext.search.verification import Verification, Verifier
+from nemo_ext.torch_state import plain_torch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,6 +84,7 @@ class Localizer:
             for the verification.
     """
 
+    @plain_torch()
     def __init__(
         self,
         pipe: Any,
@@ -134,6 +136,7 @@ class Localizer:
             verification=None if self.verify is None else self.verify.to_dict(),
         )
 
+    @plain_torch()
     def localize(self, prompt: str, progress: ProgressLike = None) -> Localization:
         """Find the neurons that carry this prompt's image, if it is memorized.
 
@@ -275,6 +278,7 @@ class Localizer:
             self._observed = known = denoiser, found, batch_size
         return known[1:]
 
+    @plain_torch()
     def localize_many(
         self,
         prompts: Sequence[str],

@@ -98,7 +98,7 @@ class EntryPoints:
         with replaced_forwards(watched, watch), counter:
             evaluate(2)
         once = [call for call in calls if sum(other.name == call.name for other in calls) == 1]
-        changed = any(_versions(call.output) != call.versions for call in calls)
+        changed = any(_versions(call.output) != call.versions or call.is_inference for call in calls)
         if changed or not set(layers) <= {call.name for call in once}:
             return None
         usable = [call for call in once if call.name in layers or call.can_be_replayed()]
@@ -168,6 +168,11 @@ class _Call:
         )
 
     @property
+    def is_inference(self) -> bool:
+        """Whether changes of the output in place cannot be detected."""
+        return -1 in self.versions
+
+    @property
     def row_bytes(self) -> int:
         return sum(tensor[0].nbytes for tensor in _tensors(self.output) or ())
 
@@ -192,7 +197,8 @@ def _tensors(output: Output) -> list[Tensor] | None:
 
 
 def _versions(output: Output) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in _tensors(output) or ())
+    # A view of a parameter that was loaded under inference mode has no version counter.
+    return tuple(-1 if tensor.is_inference() else tensor._version for tensor in _tensors(output) or ())
 
 
 def _row(output: Output, index: int) -> Output:
