@@ -19,7 +19,7 @@ from typing import NoReturn
 from nemo_ext import __version__
 from nemo_ext.commands import COMMANDS
 from nemo_ext.commands.shared import plain
-from nemo_ext.errors import NemoError
+from nemo_ext.errors import NemoError, NemoWarning
 
 DESCRIPTION = """\
 Find the neurons that make a text-to-image diffusion model replicate a training image, and switch them off.
@@ -151,7 +151,7 @@ def _print_own_warnings(args: argparse.Namespace) -> None:
         _print_message(args, f"warning: {message}")
 
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", category=UserWarning, module="nemo_ext")
+    warnings.filterwarnings("default", category=NemoWarning)
     warnings.showwarning = show
 
 

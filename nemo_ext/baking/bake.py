@@ -55,6 +55,7 @@ def bake(
     out: str | os.PathLike[str],
     *,
     with_prompts: bool = False,
+    clip_skip: int = 0,
 ) -> Baked:
     """Write a copy of a saved pipeline in which neurons are off for good: their rows of `to_v` (and of its bias) are 0.
 
@@ -71,6 +72,7 @@ def bake(
         out: the new folder; it must not exist or be empty. It appears when it is complete, and not at all if there is
             an error.
         with_prompts: whether `nemo_ext.json` includes the texts of the prompts.
+        clip_skip: as for `load_pipeline`, if the results were found with it.
 
     Returns:
         The new folder, and what was done.
@@ -82,10 +84,10 @@ def bake(
     source = Path(model)
     target = _check_target(source, Path(out))
     chosen = choose(neurons)
-    pipe = load_pipeline(source)
+    pipe = load_pipeline(source, clip_skip=clip_skip)
     chosen.neurons.check(pipe)
     if chosen.results:
-        _check_results(source, pipe, chosen.results)
+        _check_results(source, pipe, chosen.results, clip_skip)
     earlier = read_earlier(source)
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     component = next(name for name in family.components if getattr(pipe, name) is denoiser)
@@ -114,7 +116,7 @@ def _check_target(source: Path, out: Path) -> Path:
     return target
 
 
-def _check_results(source: Path, pipe: Any, results: Sequence[Localization]) -> None:
+def _check_results(source: Path, pipe: Any, results: Sequence[Localization], clip_skip: int) -> None:
     """Check that results belong to the model in a folder.
 
     Raises:
@@ -123,7 +125,7 @@ def _check_results(source: Path, pipe: Any, results: Sequence[Localization]) -> 
     unknown = {(result.model, result.layers): result for result in results}
     # A fingerprint depends on the precision in which the model was searched, which a result does not name.
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        searched = pipe if dtype == torch.float32 else load_pipeline(source, dtype=dtype)
+        searched = pipe if dtype == torch.float32 else load_pipeline(source, dtype=dtype, clip_skip=clip_skip)
         unknown = {key: result for key, result in unknown.items() if not _belongs(result, searched)}
         if not unknown:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nemo_ext.commands.shared import NOTHING_WRITTEN, add_path, new_table, quiet_libraries, show
+from nemo_ext.commands.shared import NOTHING_WRITTEN, add_clip_skip, add_path, new_table, quiet_libraries, show
 
 NAME = "bake"
 SUMMARY = "write a copy of the model in which neurons are off for good"
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files of neurons, results folders, or results.jsonl files",
     )
     add_path(parser, "--out", "the new folder", metavar="DIR")
+    add_clip_skip(parser)
     parser.add_argument(
         "--with-prompts",
         action="store_true",
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     from nemo_ext.baking.bake import bake
 
-    baked = bake(args.model, args.neurons, args.out, with_prompts=args.with_prompts)
+    baked = bake(args.model, args.neurons, args.out, with_prompts=args.with_prompts, clip_skip=args.clip_skip)
     table = new_table("Neurons off", "layer", "neurons")
     for layer, indices in baked.neurons.items():
         table.add_row(layer, str(len(indices)))

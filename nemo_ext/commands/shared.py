@@ -38,7 +38,7 @@ _WORDS = ("name", "prompt", "label", "layer", "memorized", "files", "images", "w
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`, `--device` and `--dtype`, which `load_model` reads."""
+    """Add `--model`, `--device`, `--dtype` and `--clip-skip`, which `load_model` reads."""
     add_path(parser, "--model", "a diffusers folder", metavar="DIR")
     parser.add_argument(
         "--device",
@@ -51,6 +51,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="the precision of the model (default: float32)",
+    )
+    add_clip_skip(parser)
+
+
+def add_clip_skip(parser: argparse.ArgumentParser) -> None:
+    """Add `--clip-skip`."""
+    parser.add_argument(
+        "--clip-skip",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="leave out the last N layers of the text encoder, as diffusers' clip_skip does (default: 0)",
     )
 
 
@@ -265,7 +277,9 @@ def load_model(args: argparse.Namespace) -> Any:
     from nemo_ext.models.loading import load_pipeline
 
     quiet_libraries()
-    return load_pipeline(args.model, device=_usable_device(args.device), dtype=getattr(torch, args.dtype))
+    return load_pipeline(
+        args.model, device=_usable_device(args.device), dtype=getattr(torch, args.dtype), clip_skip=args.clip_skip
+    )
 
 
 def _usable_device(wanted: str | None) -> str:

@@ -15,6 +15,7 @@ import torch
 from nemo_ext.errors import NemoError
 from nemo_ext.models.family import Family
 from nemo_ext.models.registry import FAMILIES
+from nemo_ext.models.text import skip_text_layers
 
 
 def load_pipeline(
@@ -22,6 +23,7 @@ def load_pipeline(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    clip_skip: int = 0,
 ) -> Any:
     """Load a pipeline of a known family from a local diffusers folder.
 
@@ -30,13 +32,14 @@ def load_pipeline(
             half-precision weights (`*.fp16.safetensors`), these are read.
         device: the device that the pipeline is moved to.
         dtype: the precision that its weights are converted to; float32 by default.
+        clip_skip: the number of the text encoder's last layers that are not used (`skip_text_layers`).
 
     Returns:
         The pipeline, without a safety checker and with its progress bars off.
 
     Raises:
-        NemoError: the folder is missing, is not a pipeline of a known family, holds no safetensors, cannot be read, or
-            holds weights that are not finite.
+        NemoError: the folder is missing, is not a pipeline of a known family, holds no safetensors, cannot be read,
+            holds weights that are not finite, or its text encoder does not have so many layers.
     """
     folder = Path(folder)
     family = _family_in(folder)
@@ -56,6 +59,7 @@ def load_pipeline(
                     f"the weights in {folder} aren't finite ({name}.{key} holds NaN or infinity): get an "
                     "undamaged copy, or load it in float32 if it overflowed in half precision"
                 )
+    skip_text_layers(pipe, clip_skip)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_ext.errors import NemoError
+from nemo_ext.errors import NemoError, warn
 from nemo_ext.models.family import Family, NoisePredictor
 
 # The order of the network. `named_modules()` of a U-Net yields the up blocks before the mid block.
@@ -68,13 +67,26 @@ class StableDiffusion(Family):
         return {"text_encoder": pipe.text_encoder}
 
     def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
-        """Text embeddings, padded to the tokenizer's `model_max_length` tokens. Longer text is cut, with a warning."""
+        """Text embeddings, padded to the number of the text encoder's positions. Longer text is cut, with a warning.
+
+        As in the pipeline's own encoding, the name of a textual inversion with several vectors becomes several tokens.
+        """
         if getattr(pipe, "text_encoder_2", None) is not None:
             raise NemoError(f"{type(pipe).__name__} has several text encoders: SD1 and SD2 have one")
         tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+        added = tokenizer.added_tokens_encoder
+        vectors = [f"{token}_1" for token in added if f"{token}_1" in added]
+        if vectors:
+            # diffusers would expand the name once more in a text that has all tokens already.
+            texts = [
+                text if any(vector in text for vector in vectors) else pipe.maybe_convert_prompt(text, tokenizer)
+                for text in texts
+            ]
+        # A tokenizer that was saved without a length has one of 10³⁰.
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         # `return_tensors` is not used, because transformers would then check every token a second time.
-        encoded = tokenizer(list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True)
-        _warn_of_truncation(tokenizer, texts, encoded.attention_mask)
+        encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
+        _warn_of_truncation(tokenizer, texts, encoded.attention_mask, length)
         # As in the diffusers pipelines: only a text encoder whose configuration asks for the mask gets it.
         masked = getattr(encoder.config, "use_attention_mask", False)
         hidden: Tensor = encoder(
@@ -127,7 +139,7 @@ class StableDiffusion(Family):
     def load(self, folder: Path, variant: str | None) -> Any:
         from diffusers import StableDiffusionPipeline
 
-        return StableDiffusionPipeline.from_pretrained(
+        pipe = StableDiffusionPipeline.from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,
@@ -135,6 +147,10 @@ class StableDiffusion(Family):
             safety_checker=None,
             requires_safety_checker=False,
         )
+        # A tokenizer that was saved without a length would stop the pipeline's own encoding.
+        positions = pipe.text_encoder.config.max_position_embeddings
+        pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, positions)
+        return pipe
 
 
 def _check_unet(config: Any) -> None:
@@ -151,11 +167,12 @@ def _check_unet(config: Any) -> None:
         )
 
 
-def _warn_of_truncation(tokenizer: Any, texts: Sequence[str], attention_mask: Sequence[Sequence[int]]) -> None:
+def _warn_of_truncation(
+    tokenizer: Any, texts: Sequence[str], attention_mask: Sequence[Sequence[int]], length: int
+) -> None:
     # Only a row without padding can have been cut, so that most prompts are tokenized only once.
     full = [text for text, tokens in zip(texts, attention_mask, strict=True) if all(tokens)]
-    cut = [text for text in full if len(tokenizer(text).input_ids) > tokenizer.model_max_length]
+    cut = [text for text in full if len(tokenizer(text).input_ids) > length]
     if cut:
         others = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
-        # The warning points to this package, which is how the command line recognizes its own.
-        warnings.warn(f"cut to {tokenizer.model_max_length} tokens: '{cut[0]}'{others}", stacklevel=4)
+        warn(f"cut to {length} tokens: '{cut[0]}'{others}")

@@ -27,6 +27,35 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     return listed
 
 
+def skip_text_layers(pipe: Any, count: int) -> None:
+    """Remove the last layers of the text encoders, which is what generating with `clip_skip` does.
+
+    The final normalization stays. So images, activations and fingerprints are those of the shorter text encoder, and
+    `clip_skip` is not given to the pipeline any more.
+
+    Args:
+        pipe: a pipeline with CLIP text encoders.
+        count: the number of layers, 0 or more.
+
+    Raises:
+        NemoError: a text encoder has no list of layers, or not more than `count` of them.
+    """
+    encoders = family_of(pipe).text_encoders(pipe)
+    for name, module in encoders.items():
+        # The layers of a CLIP text encoder have had two places in transformers.
+        layers = getattr(getattr(getattr(module, "text_model", module), "encoder", None), "layers", None)
+        if layers is None:
+            raise NemoError(f"{name} is a {type(module).__name__}, of which no layers can be skipped")
+        if not 0 <= count < len(layers):
+            raise NemoError(
+                f"clip_skip must be from 0 to {len(layers) - 1}, because {name} has {len(layers)} layers, got {count}"
+            )
+    for module in encoders.values():
+        encoder: Any = getattr(module, "text_model", module)
+        encoder.encoder.layers = encoder.encoder.layers[: len(encoder.encoder.layers) - count]
+        encoder.config.num_hidden_layers = len(encoder.encoder.layers)
+
+
 def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
     """Text embeddings e of prompts, as the denoiser reads them.
 
