@@ -38,7 +38,7 @@ _WORDS = ("name", "prompt", "label", "layer", "memorized", "files", "images", "w
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`, `--device`, `--dtype` and `--clip-skip`, which `load_model` reads."""
+    """Add `--model`, `--device`, `--dtype`, `--clip-skip` and `--latent-size`, which `load_model` reads."""
     add_path(parser, "--model", "a diffusers folder", metavar="DIR")
     parser.add_argument(
         "--device",
@@ -53,6 +53,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="the precision of the model (default: float32)",
     )
     add_clip_skip(parser)
+    parser.add_argument(
+        "--latent-size",
+        type=_size,
+        metavar="HxW",
+        help="height and width of the latents, such as 64x96 for images of 512x768 (default: what the model says)",
+    )
 
 
 def add_clip_skip(parser: argparse.ArgumentParser) -> None:
@@ -187,6 +193,14 @@ def _device(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r} isn't cpu, cuda or cuda:N")
 
 
+def _size(text: str) -> tuple[int, int]:
+    """The type of `--latent-size`."""
+    height, times, width = text.partition("x")
+    if times and height.isdecimal() and width.isdecimal() and int(height) and int(width):
+        return int(height), int(width)
+    raise argparse.ArgumentTypeError(f"{text!r} isn't a height and a width such as 64x96")
+
+
 def _guidance(text: str) -> float:
     try:
         number = float(text)
@@ -278,7 +292,11 @@ def load_model(args: argparse.Namespace) -> Any:
 
     quiet_libraries()
     return load_pipeline(
-        args.model, device=_usable_device(args.device), dtype=getattr(torch, args.dtype), clip_skip=args.clip_skip
+        args.model,
+        device=_usable_device(args.device),
+        dtype=getattr(torch, args.dtype),
+        clip_skip=args.clip_skip,
+        latent_size=args.latent_size,
     )
 
 

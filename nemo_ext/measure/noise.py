@@ -67,10 +67,11 @@ def noise_differences(
             twice; None: no guidance.
 
     Returns:
-        δ, [S, C, H, W] float32 on the denoiser's device. A channel whose values are all equal is 0.
+        δ, [S, C, H, W] float32 on the denoiser's device.
 
     Raises:
-        NemoError: the scheduler or the denoiser is not supported, or the noise is not finite.
+        NemoError: the scheduler or the denoiser is not supported, the noise is not finite, or a channel of ε − x_T
+            has the same value everywhere, so that no map is left to compare.
     """
     family = family_of(pipe)
     denoiser: Any = family.denoiser(pipe)
@@ -102,10 +103,20 @@ def noise_differences(
 
 
 def scaled(difference: Tensor) -> Tensor:
-    """Scale ε − x_T, [S, C, H, W], to δ: [0, 1] per sample and channel. A channel whose values are all equal is 0."""
+    """Scale ε − x_T, [S, C, H, W], to δ: [0, 1] per sample and channel.
+
+    Raises:
+        NemoError: a channel has the same value everywhere.
+    """
     low = difference.amin(dim=(2, 3), keepdim=True)
     span = difference.amax(dim=(2, 3), keepdim=True) - low
-    return torch.where(span > 0, (difference - low) / span.where(span > 0, 1.0), 0.0)
+    if not (span > 0).all():
+        seed, channel = (span.flatten(1) <= 0).nonzero()[0].tolist()
+        raise NemoError(
+            f"the predicted noise of seed {seed} (counted from 0) is its latents plus a constant in channel {channel}, "
+            "so there is nothing to compare: the denoiser's weights or the schedule are damaged"
+        )
+    return (difference - low) / span
 
 
 def evaluate_zeros(pipe: Any, hidden: Tensor, rows: int) -> None:

@@ -64,7 +64,16 @@ def seed_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
 
 
 def pairwise_score(differences: Tensor, protocol: Protocol) -> MemorizationScore:
-    """Compute the score of a prompt from its noise differences δ, [S, C, H, W] (docs/method.md, section 5)."""
+    """Compute the score of a prompt from its noise differences δ, [S, C, H, W] (docs/method.md, section 5).
+
+    Raises:
+        NemoError: all δ are the same, so that the denoiser does not depend on the seed.
+    """
+    if bool((differences == differences[:1]).all()):
+        raise NemoError(
+            "all seeds have exactly the same noise difference, so the denoiser does not depend on its latents: its "
+            "weights are damaged, or it predicts something else than noise"
+        )
     # All pairs are compared in one call, because an inferred data range depends on all maps of the call.
     seeds = len(differences)
     first, second = torch.combinations(torch.arange(seeds)).unbind(1)

@@ -78,7 +78,8 @@ class Family(ABC):
         """C, H and W of the latents that the pipeline generates from by default.
 
         Raises:
-            NemoError: the denoiser needs more than latents, a timestep and a text embedding.
+            NemoError: the denoiser needs more than latents, a timestep and a text embedding, or its configuration has
+                no size.
         """
 
     @abstractmethod
@@ -91,8 +92,8 @@ class Family(ABC):
             step_index: which of them, counted from 0.
 
         Raises:
-            NemoError: the scheduler is not supported, or the denoiser needs more than latents, a timestep and a text
-                embedding.
+            NemoError: the scheduler is not supported, the step's latents are noise alone, or the denoiser needs more
+                than latents, a timestep and a text embedding.
         """
 
     @abstractmethod
@@ -100,10 +101,11 @@ class Family(ABC):
         """A new scheduler that gives usable images in few steps, with the noise levels of the pipeline's scheduler."""
 
     @abstractmethod
-    def load(self, folder: Path, variant: str | None) -> Any:
+    def load(self, folder: Path, variant: str | None, size: tuple[int, int] | None) -> Any:
         """Load a saved pipeline from a local folder, from safetensors alone; the network is never used.
 
         Args:
             folder: the folder.
             variant: "fp16" if the weights are in `*.fp16.safetensors`, else None.
+            size: height and width of the latents that it generates from; None: those that the folder says.
         """

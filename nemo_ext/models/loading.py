@@ -24,6 +24,7 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     clip_skip: int = 0,
+    latent_size: tuple[int, int] | None = None,
 ) -> Any:
     """Load a pipeline of a known family from a local diffusers folder.
 
@@ -33,6 +34,8 @@ def load_pipeline(
         device: the device that the pipeline is moved to.
         dtype: the precision that its weights are converted to; float32 by default.
         clip_skip: the number of the text encoder's last layers that are not used (`skip_text_layers`).
+        latent_size: height and width of the latents that it generates from, and that are measured; None: those that the
+            folder says.
 
     Returns:
         The pipeline, without a safety checker and with its progress bars off.
@@ -45,7 +48,7 @@ def load_pipeline(
     family = _family_in(folder)
     variant = _variant_in(folder, family)
     try:
-        pipe = family.load(folder, variant)
+        pipe = family.load(folder, variant, latent_size)
     except Exception as error:
         # diffusers and transformers raise anything from KeyError to SafetensorError for a damaged folder.
         reason = str(error) or type(error).__name__

@@ -20,6 +20,17 @@ _SEARCHED_BY_THE_PAPER = ("down_blocks", "mid_block")
 _IN_A_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v")
 _IN_THE_MID_BLOCK = re.compile(r"mid_block\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_v")
 
+# What a U-Net can want besides latents, a timestep and a text embedding: its configuration's name for it -> what it is.
+_OTHER_INPUTS = {
+    "addition_embed_type": "added conditioning, as SDXL has it; SD1 and SD2 are supported",
+    "encoder_hid_dim_type": "embeddings of images or other texts; for an IP-Adapter call pipe.unload_ip_adapter()",
+    "class_embed_type": "embeddings of classes",
+    "num_class_embeds": "class labels",
+    "time_cond_proj_dim": "an embedding of the guidance scale, as models distilled from guidance have it",
+}
+# The smallest ᾱ at which the prediction's part in ε − x_T is not lost in the rounding of x_T.
+_LEAST_SIGNAL = 1e-6
+
 
 class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x, as `StableDiffusionPipeline` with `UNet2DConditionModel`.
@@ -99,6 +110,11 @@ class StableDiffusion(Family):
         config = pipe.unet.config
         _check_unet(config)
         size = config.sample_size
+        if size is None:
+            raise NemoError(
+                "the U-Net's configuration does not say how large latents are (sample_size is None): set it, for "
+                "example pipe.unet.register_to_config(sample_size=64)"
+            )
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
 
@@ -119,6 +135,12 @@ class StableDiffusion(Family):
         scheduler.set_timesteps(num_inference_steps)
         timestep = scheduler.timesteps[step_index].to(device)
         alpha = scheduler.alphas_cumprod[int(timestep)].to(device)
+        if alpha < _LEAST_SIGNAL:
+            raise NemoError(
+                f"at step {step_index} of {num_inference_steps} of this schedule the latents are noise alone (a "
+                "terminal signal-to-noise ratio of zero), so no noise has to be predicted and every prompt would look "
+                f"memorized: measure at a later step, such as Protocol(step_index={step_index + 1})"
+            )
 
         def predict(latents: Tensor, hidden: Tensor) -> Tensor:
             texts = hidden.to(device, unet.dtype).expand(len(latents), -1, -1).contiguous()
@@ -136,11 +158,22 @@ class StableDiffusion(Family):
 
         return DDIMScheduler.from_config(pipe.scheduler.config)
 
-    def load(self, folder: Path, variant: str | None) -> Any:
-        from diffusers import StableDiffusionPipeline
+    def load(self, folder: Path, variant: str | None, size: tuple[int, int] | None) -> Any:
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
+        given = {}
+        if size is not None:
+            given["unet"] = UNet2DConditionModel.from_pretrained(
+                folder,
+                subfolder="unet",
+                local_files_only=True,
+                use_safetensors=True,
+                variant=variant,
+                sample_size=size,
+            )
         pipe = StableDiffusionPipeline.from_pretrained(
             folder,
+            **given,
             local_files_only=True,
             use_safetensors=True,
             variant=variant,
@@ -154,17 +187,22 @@ class StableDiffusion(Family):
 
 
 def _check_unet(config: Any) -> None:
-    """Refuse a U-Net that needs more than latents, a timestep and a text embedding, such as SDXL's or inpainting's."""
+    """Refuse a U-Net that needs more than latents, a timestep and a text embedding.
+
+    Raises:
+        NemoError: it does; the message names what it needs.
+    """
     if config.out_channels != config.in_channels:
         raise NemoError(
             f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a "
             "text-to-image model, not inpainting or the like"
         )
-    if getattr(config, "addition_embed_type", None) is not None:
-        raise NemoError(
-            "the U-Net wants more than a text embedding "
-            f"(addition_embed_type '{config.addition_embed_type}', as in SDXL): SD1 and SD2 are supported"
-        )
+    for name, what in _OTHER_INPUTS.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            raise NemoError(
+                f"the U-Net wants more than latents, a timestep and a text embedding: {what} ({name} is {value!r})"
+            )
 
 
 def _warn_of_truncation(

@@ -40,6 +40,8 @@ def skip_text_layers(pipe: Any, count: int) -> None:
     Raises:
         NemoError: a text encoder has no list of layers, or not more than `count` of them.
     """
+    if count == 0:
+        return
     encoders = family_of(pipe).text_encoders(pipe)
     for name, module in encoders.items():
         # The layers of a CLIP text encoder have had two places in transformers.

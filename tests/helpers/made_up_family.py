@@ -158,7 +158,7 @@ class Signs(Family):
     def sampling_scheduler(self, pipe: Any) -> Any:
         return DDIMScheduler.from_config(pipe.scheduler.config)
 
-    def load(self, folder: Path, variant: str | None) -> SignPipeline:
+    def load(self, folder: Path, variant: str | None, size: tuple[int, int] | None) -> SignPipeline:
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         return SignPipeline(
             Sheet.from_pretrained(folder / "painter"), Clerk.from_pretrained(folder / "clerk"), scheduler

@@ -1,5 +1,8 @@
 """Noise differences: the latents of seeds, the first call of the denoiser, and what is refused."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -8,8 +11,10 @@ from tiny_pipeline import tiny_pipeline
 from torch import Tensor
 
 from nemo_ext.errors import NemoError
-from nemo_ext.measure.noise import initial_latents, noise_differences
+from nemo_ext.measure.noise import initial_latents, noise_differences, scaled
 from nemo_ext.measure.protocol import Protocol
+from nemo_ext.measure.score import memorization_score
+from nemo_ext.models.loading import load_pipeline
 from nemo_ext.models.text import encode_prompts
 
 PAPER = Protocol.paper()
@@ -21,7 +26,7 @@ def pipe() -> StableDiffusionPipeline:
     return tiny_pipeline()
 
 
-def scaled(difference: Tensor) -> Tensor:
+def scaled_by_hand(difference: Tensor) -> Tensor:
     """Min-max scaling, one sample and channel after another."""
     planes = [(plane - plane.min()) / (plane.max() - plane.min()) for plane in difference.flatten(0, 1)]
     return torch.stack(planes).reshape(difference.shape)
@@ -57,7 +62,7 @@ class TestNoiseDifferences:
         latents = initial_latents(pipe, 3, protocol)
         with torch.no_grad():
             noise = pipe.unet(latents, timestep, encoder_hidden_states=hidden.repeat(3, 1, 1)).sample
-        expected = scaled(noise - latents)
+        expected = scaled_by_hand(noise - latents)
         torch.testing.assert_close(noise_differences(pipe, hidden, latents, protocol), expected, rtol=1e-5, atol=1e-5)
 
     def test_v_prediction_is_converted_to_noise(self) -> None:
@@ -68,7 +73,7 @@ class TestNoiseDifferences:
         with torch.no_grad():
             v = pipe.unet(latents, 981, encoder_hidden_states=hidden.repeat(2, 1, 1)).sample
         alpha = pipe.scheduler.alphas_cumprod[981]
-        expected = scaled(alpha.sqrt() * v + (1 - alpha).sqrt() * latents - latents)
+        expected = scaled_by_hand(alpha.sqrt() * v + (1 - alpha).sqrt() * latents - latents)
         torch.testing.assert_close(noise_differences(pipe, hidden, latents, PAPER), expected, rtol=1e-4, atol=1e-4)
 
     def test_batch_size_changes_rounding_only(self, pipe: StableDiffusionPipeline) -> None:
@@ -85,15 +90,32 @@ class TestNoiseDifferences:
         with torch.no_grad():
             conditional = pipe.unet(latents, 961, encoder_hidden_states=hidden.repeat(2, 1, 1)).sample
             unconditional = pipe.unet(latents, 961, encoder_hidden_states=empty.repeat(2, 1, 1)).sample
-        expected = scaled(conditional + 7 * (unconditional - conditional) - latents)
+        expected = scaled_by_hand(conditional + 7 * (unconditional - conditional) - latents)
         guided = noise_differences(pipe, hidden, latents, PUBLISHED, guidance=(7.0, empty))
         torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
-    def test_channel_without_any_difference_is_zero(self) -> None:
+    @pytest.mark.parametrize("constant", [slice(None), slice(2, 3)])
+    def test_channel_that_is_the_same_everywhere_is_refused(self, constant: slice) -> None:
+        difference = torch.randn(2, 4, 16, 16)
+        difference[1, constant] = 0.25
+        with pytest.raises(
+            NemoError, match=rf"noise of seed 1 .* in channel {constant.start or 0}, so there is nothing"
+        ):
+            scaled(difference)
+
+    def test_zero_terminal_snr_is_refused_where_the_latents_are_noise_alone(self) -> None:
+        """Lin et al., arXiv 2305.08891: ᾱ is 0 at the last timestep, where ε = x whatever v is."""
         pipe = tiny_pipeline()
-        torch.nn.init.zeros_(pipe.unet.conv_out.weight)
-        latents = torch.zeros(1, 4, 16, 16)
-        assert noise_differences(pipe, encode_prompts(pipe, ["a"]), latents, PAPER).abs().max() == 0
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+        )
+        hidden, latents = encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER)
+        with pytest.raises(NemoError, match=r"step 0 of 50 .* noise alone .* Protocol\(step_index=1\)"):
+            noise_differences(pipe, hidden, latents, PAPER)
+        noise_differences(pipe, hidden, latents, replace(PAPER, step_index=1))
 
     def test_leave_no_trace(self) -> None:
         pipe = tiny_pipeline()
@@ -117,8 +139,67 @@ class TestNoiseDifferences:
         with pytest.raises(NemoError, match="must be epsilon or v_prediction, got sample"):
             noise_differences(pipe, encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER), PAPER)
 
-    def test_unets_that_want_more_than_text_are_refused(self) -> None:
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("addition_embed_type", "text_time", "added conditioning, as SDXL has it"),
+            ("encoder_hid_dim_type", "ip_image_proj", r"for an IP-Adapter call pipe.unload_ip_adapter\(\)"),
+            ("class_embed_type", "timestep", "embeddings of classes"),
+            ("num_class_embeds", 10, "class labels"),
+            ("time_cond_proj_dim", 16, "an embedding of the guidance scale"),
+        ],
+    )
+    def test_unets_that_want_more_than_text_are_refused(self, name: str, value: object, said: str) -> None:
         pipe = tiny_pipeline()
-        pipe.unet.register_to_config(addition_embed_type="text_time")
-        with pytest.raises(NemoError, match="addition_embed_type 'text_time', as in SDXL"):
-            noise_differences(pipe, encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER), PAPER)
+        hidden, latents = encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER)
+        pipe.unet.register_to_config(**{name: value})
+        with pytest.raises(NemoError, match=rf"{said}.* \({name} is {value!r}\)"):
+            noise_differences(pipe, hidden, latents, PAPER)
+
+    def test_a_loaded_ip_adapter_is_refused_and_unloaded_it_is_not(self) -> None:
+        pipe = tiny_pipeline()
+        wanted = memorization_score(pipe, "a cat", seeds=2).pairs
+        load_ip_adapter(pipe)
+        with pytest.raises(NemoError, match="for an IP-Adapter call"):
+            memorization_score(pipe, "a cat", seeds=2)
+        pipe.unload_ip_adapter()
+        assert torch.equal(memorization_score(pipe, "a cat", seeds=2).pairs, wanted)
+
+
+class TestSizes:
+    """The latents that are measured are those that the pipeline generates from."""
+
+    def test_sides_can_differ(self) -> None:
+        pipe = tiny_pipeline()
+        pipe.unet.register_to_config(sample_size=[16, 24])
+        assert initial_latents(pipe, 2, PAPER).shape == (2, 4, 16, 24)
+        assert memorization_score(pipe, "a cat", seeds=2).max < 1
+
+    def test_none_at_all_is_refused_with_what_to_do(self) -> None:
+        pipe = tiny_pipeline()
+        pipe.unet.register_to_config(sample_size=None)
+        with pytest.raises(NemoError, match=r"sample_size is None\): set it, for example pipe.unet.register_to_config"):
+            memorization_score(pipe, "a cat", seeds=2)
+
+    def test_others_are_chosen_when_loading_and_are_also_those_of_images(self, tmp_path: Path) -> None:
+        tiny_pipeline().save_pretrained(tmp_path)
+        pipe = load_pipeline(tmp_path, latent_size=(16, 24))
+        assert initial_latents(pipe, 2, PAPER).shape == (2, 4, 16, 24)
+        made = pipe("a cat", num_inference_steps=1, output_type="latent").images
+        assert made.shape == (1, 4, 16, 24)
+
+
+def load_ip_adapter(pipe: StableDiffusionPipeline) -> None:
+    """Do to the U-Net what `pipe.load_ip_adapter` does, with random weights."""
+    unet, wide = pipe.unet, pipe.unet.config.cross_attention_dim
+    adapter, key = {}, 1
+    for name in unet.attn_processors:
+        if not name.endswith("attn1.processor"):
+            out = unet.get_submodule(name.removesuffix(".processor")).to_v.out_features
+            adapter |= {f"{key}.to_{x}_ip.weight": 0.02 * torch.randn(out, wide) for x in "kv"}
+            key += 2
+    image = {
+        "proj.weight": torch.randn(4 * wide, 8), "proj.bias": torch.zeros(4 * wide),
+        "norm.weight": torch.ones(wide), "norm.bias": torch.zeros(wide),
+    }  # fmt: skip
+    unet._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": adapter}])

@@ -10,7 +10,7 @@ from nemo_ext.measure.generation import Sampling, sample_images, sampler_of
 from nemo_ext.measure.image_similarity import PixelSimilarity
 from nemo_ext.measure.noise import initial_latents, noise_differences
 from nemo_ext.measure.protocol import Protocol
-from nemo_ext.measure.score import memorization_score
+from nemo_ext.measure.score import memorization_score, pairwise_score
 from nemo_ext.measure.similarity import similarity
 from nemo_ext.models.text import encode_prompts
 from nemo_ext.patching.patch import patched
@@ -47,6 +47,11 @@ class TestMemorizationScore:
     def test_measures_a_patched_pipeline_as_it_is(self, planted: Planted) -> None:
         with patched(planted.pipe, planted.neurons):
             assert memorization_score(planted.pipe, planted.memorized_prompt, seeds=3).max < 0.3
+
+    def test_of_seeds_that_are_all_the_same_is_refused(self) -> None:
+        same = torch.rand(1, 4, 16, 16).expand(3, -1, -1, -1)
+        with pytest.raises(NemoError, match="all seeds have exactly the same noise difference"):
+            pairwise_score(same, Protocol.paper())
 
     def test_wants_two_seeds(self, pipe: StableDiffusionPipeline) -> None:
         with pytest.raises(NemoError, match="a score compares seeds: wanted 2 or more, got 1"):
