@@ -17,7 +17,6 @@ from nemo_ext.baking.record import RECORD, describe, model_card_block, read_earl
 from nemo_ext.baking.sources import Source, choose
 from nemo_ext.baking.weights import FolderPlan, plan_folder, zero_spans
 from nemo_ext.errors import NemoError
-from nemo_ext.evaluate.evaluation import check_model
 from nemo_ext.files import check_output_folder
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.loading import load_pipeline
@@ -92,7 +91,7 @@ def bake(
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     component = next(name for name in family.components if getattr(pipe, name) is denoiser)
     plan = plan_folder(source, component, value_layers(pipe, "all"), chosen.neurons)
-    record = describe(chosen, model_fingerprint(pipe, "all"), earlier, with_prompts=with_prompts)
+    record = describe(chosen, model_fingerprint(pipe), earlier, with_prompts=with_prompts)
     card = model_card_block(chosen)
     _write(source, target, plan, record, card)
     left_out = tuple(
@@ -122,25 +121,17 @@ def _check_results(source: Path, pipe: Any, results: Sequence[Localization], cli
     Raises:
         NemoError: they belong to another one.
     """
-    unknown = {(result.model, result.layers): result for result in results}
+    unknown = {result.model for result in results}
     # A fingerprint depends on the precision in which the model was searched, which a result does not name.
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         searched = pipe if dtype == torch.float32 else load_pipeline(source, dtype=dtype, clip_skip=clip_skip)
-        unknown = {key: result for key, result in unknown.items() if not _belongs(result, searched)}
+        unknown.discard(model_fingerprint(searched))
         if not unknown:
             return
     raise NemoError(
         f"the results belong to another model than the one in {source}, their fingerprint differs: give the folder "
         "that `nemo-ext localize` searched, or the files of the neurons themselves"
     )
-
-
-def _belongs(result: Localization, pipe: Any) -> bool:
-    try:
-        check_model(pipe, [result], None)
-    except NemoError:
-        return False
-    return True
 
 
 def _write(source: Path, target: Path, plan: FolderPlan, record: dict[str, Any], card: str) -> None:

@@ -21,7 +21,7 @@ def describe(chosen: Chosen, fingerprint: str, earlier: Any, *, with_prompts: bo
 
     Args:
         chosen: the neurons, and the results they come from.
-        fingerprint: `model_fingerprint` of the model before, over all its value layers, in float32.
+        fingerprint: `model_fingerprint` of the model before, in float32.
         earlier: the `nemo_ext.json` of the model before, if it was baked itself; else None.
         with_prompts: whether the texts of the prompts are included. A hash of a text is never included, because it
             would let a reader test which prompts were searched.

@@ -126,21 +126,12 @@ def check_model(pipe: Any, results: Sequence[Localization], statistics: Activati
     """
     if statistics is not None:
         statistics.check(pipe)
-    # The fingerprint is over the layers of the statistics, which a result does not name. They are nearly always the
-    # searched layers, the default ones or all.
-    layers = [results[0].layers, None, "all"] if statistics is None else [statistics.layers]
-    known: set[str] = set()
-    for one in layers:
-        if all(found.model in known for found in results):
-            break
-        known.add(model_fingerprint(pipe, one))
-    for found in results:
-        if found.model not in known:
-            advice = "" if statistics is not None else ", or give the statistics if they have other layers"
-            raise NemoError(
-                "the results belong to another model, or to the same model in another precision: load the model that "
-                f"`nemo-ext localize` searched{advice}"
-            )
+    actual = model_fingerprint(pipe)
+    if any(found.model != actual for found in results):
+        raise NemoError(
+            "the results belong to another model, or to the same model in another precision: load the model that "
+            "`nemo-ext localize` searched"
+        )
 
 
 def check_prompt_sets(results: Sequence[Localization], originals: Originals | None, ordinary: Sequence[str]) -> None:

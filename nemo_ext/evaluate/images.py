@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
 from nemo_ext.measure.generation import Sampling, generate_images, sampler_of
+from nemo_ext.models.state import model_fingerprint
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import patched
 from nemo_ext.reading import parse_json
@@ -56,7 +54,7 @@ class ImageMaker:
         self._advance = advance
         self.scheduler = type(self._sampler.scheduler).__name__
         # Hashing all weights takes seconds, and is needed only to recognize images of an earlier run.
-        self._model = pipeline_fingerprint(self._sampler) if stored else None
+        self._model = model_fingerprint(pipe) if stored else None
         #: How many images have been generated, and how many have been reused.
         self.generated, self.reused = 0, 0
 
@@ -132,21 +130,6 @@ def write_image(path: Path, image: Image) -> None:
     """Write an image as PNG, completely or not at all."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-def pipeline_fingerprint(pipe: Any) -> str:
-    """SHA-256 of everything that an image depends on: all weights of the pipeline, and its scheduler's configuration.
-
-    `model_fingerprint` covers what an activation depends on, which is less. Patching does not change this fingerprint.
-    """
-    digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        if isinstance(module, nn.Module):
-            for name, tensor in module.state_dict().items():
-                digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(repr(sorted(pipe.scheduler.config.items())).encode())
-    return digest.hexdigest()
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.files import replacing
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.models.layers import value_layers
-from nemo_ext.models.state import model_fingerprint, name_of_model
+from nemo_ext.models.state import activation_fingerprint, name_of_model
 
 #: The ending of such a file.
 ENDING = ".pt"
@@ -112,7 +112,7 @@ class PublishedStatistics:
             dict(zip(layers, self.mean, strict=True)),
             dict(zip(layers, self.std, strict=True)),
             count,
-            fingerprint=model_fingerprint(pipe, tuple(layers)),
+            fingerprint=activation_fingerprint(pipe, tuple(layers)),
             model_name=name_of_model(pipe),
         )
 

@@ -20,7 +20,7 @@ from nemo_ext.measure.activations import ValueStack, accelerated_linears
 from nemo_ext.measure.memory import keep_freed_memory
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import family_of
-from nemo_ext.models.state import evaluating, model_fingerprint, name_of_model
+from nemo_ext.models.state import activation_fingerprint, evaluating, name_of_model
 from nemo_ext.models.text import check_prompts
 from nemo_ext.progress import ProgressLike, open_progress
 from nemo_ext.reading import PositiveCount, parse_json, read_tensors, refusing, restored
@@ -48,7 +48,7 @@ class ActivationStatistics:
 
     Args:
         widths: layer name -> number of neurons N, in network order.
-        fingerprint: `model_fingerprint` of the model that the activations come from.
+        fingerprint: `activation_fingerprint` of the model that the activations come from.
         model_name: the name of that model in messages.
     """
 
@@ -172,7 +172,7 @@ class ActivationStatistics:
         Raises:
             NemoError: the pipeline has other weights, or the same weights in another dtype.
         """
-        actual = model_fingerprint(pipe, self.layers)
+        actual = activation_fingerprint(pipe, self.layers)
         if actual != self.fingerprint:
             raise NemoError(
                 f"the statistics were collected from another model or in another dtype: "
@@ -357,7 +357,7 @@ def collect_statistics(
     stack = ValueStack(value_layers(pipe, layers))
     statistics = ActivationStatistics(
         stack.widths,
-        fingerprint=model_fingerprint(pipe, tuple(stack.widths)),
+        fingerprint=activation_fingerprint(pipe, tuple(stack.widths)),
         model_name=name_of_model(pipe),
     )
     family = family_of(pipe)

@@ -87,7 +87,7 @@ class Threshold:
         scores: the score of each unmemorized prompt.
         seeds: S, the number of seeds for each prompt.
         protocol: how the scores were measured.
-        fingerprint: `model_fingerprint` of the model, over all its value layers.
+        fingerprint: `model_fingerprint` of the model.
         model_name: the folder or name that the model was loaded from.
         images: τ_image; None if no images were generated.
     """
@@ -105,13 +105,14 @@ class Threshold:
     def __float__(self) -> float:
         return self.value
 
-    def check(self, pipe: Any, protocol: Protocol, seeds: int) -> None:
+    def check(self, pipe: Any, protocol: Protocol, seeds: int, *, fingerprint: str | None = None) -> None:
         """Check that τ applies to scores of a pipeline with a protocol and a number of seeds.
 
         Args:
             pipe: a pipeline.
             protocol: how its scores are measured.
             seeds: S, the number of seeds.
+            fingerprint: the pipeline's `model_fingerprint`, if it is known.
 
         Raises:
             NemoError: τ was measured with another model, another number of seeds, or other values of the protocol's
@@ -125,7 +126,7 @@ class Threshold:
                     f"the threshold was measured with {name} {measured_with}, got {asked_for}: "
                     "measure it again, or give it as a number"
                 )
-        actual = model_fingerprint(pipe, "all")
+        actual = fingerprint or model_fingerprint(pipe)
         if actual != self.fingerprint:
             raise NemoError(
                 "the threshold was measured on another model or in another dtype: "
@@ -225,7 +226,7 @@ def memorization_threshold(
         scores=tuple(scores),
         seeds=seeds,
         protocol=protocol,
-        fingerprint=model_fingerprint(pipe, "all"),
+        fingerprint=model_fingerprint(pipe),
         model_name=name_of_model(pipe),
         images=images,
     )

@@ -109,3 +109,16 @@ class Family(ABC):
             variant: "fp16" if the weights are in `*.fp16.safetensors`, else None.
             size: height and width of the latents that it generates from; None: those that the folder says.
         """
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers of torch.compile and of data parallelism; it itself if there is none."""
+    inside: Any = module
+    while True:
+        if hasattr(inside, "_orig_mod"):
+            inside = inside._orig_mod
+        elif isinstance(inside, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inside = inside.module
+        else:
+            found: nn.Module = inside
+            return found

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from nemo_ext.errors import NemoError
-from nemo_ext.models.family import Family
+from nemo_ext.models.family import Family, unwrapped
 from nemo_ext.models.stable_diffusion import StableDiffusion
 
 #: All families. A model belongs to the first one that recognizes it.
@@ -27,7 +27,7 @@ def family_of(model: Any) -> Family:
 
 
 def denoiser_of(model: Any) -> nn.Module:
-    """The network of a pipeline that predicts the noise, without torch.compile's wrapper.
+    """The network of a pipeline that predicts the noise, without the wrappers that `unwrapped` removes.
 
     Args:
         model: a pipeline, or its denoiser, which is then returned itself.
@@ -35,9 +35,7 @@ def denoiser_of(model: Any) -> nn.Module:
     Raises:
         NemoError: no family recognizes the model.
     """
-    denoiser = family_of(model).denoiser(model)
-    original: nn.Module = getattr(denoiser, "_orig_mod", denoiser)
-    return original
+    return unwrapped(family_of(model).denoiser(model))
 
 
 def short_layer_name(layer: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_ext.errors import NemoError, warn
-from nemo_ext.models.family import Family, NoisePredictor
+from nemo_ext.models.family import Family, NoisePredictor, unwrapped
 
 # The order of the network. `named_modules()` of a U-Net yields the up blocks before the mid block.
 _PARTS = ("down_blocks", "mid_block", "up_blocks")
@@ -46,8 +46,7 @@ class StableDiffusion(Family):
 
     def recognizes(self, model: Any) -> bool:
         unet = self.denoiser(model)
-        unet = getattr(unet, "_orig_mod", unet)
-        return isinstance(unet, nn.Module) and hasattr(unet, "down_blocks")
+        return isinstance(unet, nn.Module) and hasattr(unwrapped(unet), "down_blocks")
 
     def denoiser(self, model: Any) -> nn.Module:
         unet: nn.Module = getattr(model, "unet", model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_ext.models.family import unwrapped
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import denoiser_of, family_of
 from nemo_ext.torch_state import plain_torch
@@ -42,10 +44,32 @@ def evaluating(pipe: Any) -> Iterator[None]:
             module.training = mode
 
 
-def model_fingerprint(pipe: Any, layers: str | Sequence[str] | None = None) -> str:
+def model_fingerprint(pipe: Any) -> str:
+    """SHA-256 of a whole model: all weights of its components, the noise levels, and the size of its latents.
+
+    The dtype changes the fingerprint; the device, patching, compilation and the kind of the scheduler do not. It reads
+    all weights, which takes seconds for a model of Stable Diffusion's size.
+
+    Args:
+        pipe: a pipeline.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    family = family_of(pipe)
+    digest = hashlib.sha256()
+    for name in family.components:
+        _add_weights(digest, name, getattr(pipe, name))
+    scheduler = family.sampling_scheduler(pipe)
+    settings = {name: scheduler.config.get(name) for name in inspect.signature(type(scheduler).__init__).parameters}
+    digest.update(f"{sorted(settings.items())} {family.latent_shape(pipe)}".encode())
+    return digest.hexdigest()
+
+
+def activation_fingerprint(pipe: Any, layers: str | Sequence[str] | None = None) -> str:
     """SHA-256 of all weights that an activation depends on: those of value layers and of the text encoders.
 
-    The dtype changes the fingerprint; the device and patching do not.
+    So statistics stay valid for a model that differs in other weights, such as a fine-tune of the remaining U-Net.
 
     Args:
         pipe: a pipeline.
@@ -57,11 +81,18 @@ def model_fingerprint(pipe: Any, layers: str | Sequence[str] | None = None) -> s
     digest = hashlib.sha256()
     parts: list[tuple[str, nn.Module]] = [*value_layers(pipe, layers).items()]
     parts += family_of(pipe).text_encoders(pipe).items()
-    for part, module in parts:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, module in parts:
+        _add_weights(digest, name, module)
     return digest.hexdigest()
+
+
+def _add_weights(digest: hashlib._Hash, part: str, module: nn.Module) -> None:
+    for name, weight in unwrapped(module).named_parameters():
+        # A module that was compiled by itself is a wrapper, which is part of the name.
+        plain = f"{part}.{name}".replace("_orig_mod.", "")
+        digest.update(f"{plain} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        values: Any = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(values)
 
 
 def name_of_model(pipe: Any) -> str:

@@ -225,7 +225,7 @@ class Localization:
         seeds: S, the number of seeds.
         layers: the searched value layers, in network order.
         similarity_scales: M, the number of scales of the similarity.
-        model: `model_fingerprint` over the layers of the statistics.
+        model: `model_fingerprint` of the model that was searched.
         statistics: `ActivationStatistics.digest()` of the statistics.
         history: the trials of the search at the first step, in order: how many neurons were off, and the remaining
             memorization. It can be a lower bound that is above the threshold of the trial.

@@ -25,7 +25,7 @@ from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.measure.threshold import Threshold
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import family_of
-from nemo_ext.models.state import evaluating, is_compiled
+from nemo_ext.models.state import evaluating, is_compiled, model_fingerprint
 from nemo_ext.models.text import check_prompts, encode_prompts
 from nemo_ext.patching.patch import PatchHandle, patch_handle
 from nemo_ext.progress import Progress, ProgressLike, open_progress
@@ -111,8 +111,9 @@ class Localizer:
             if layer not in statistics.widths:
                 raise NemoError(f"the statistics have no layer '{layer}': collect them with these layers")
         statistics.check(pipe)
+        self.model = model_fingerprint(pipe)
         if isinstance(threshold, Threshold):
-            threshold.check(pipe, self.protocol, seeds)
+            threshold.check(pipe, self.protocol, seeds, fingerprint=self.model)
         # The denoiser that `_observe` has seen, its entry points, and the batch size.
         self._observed: tuple[torch.nn.Module, EntryPoints | None, int] | None = None
         self.verify, self._memorized_images = None, 1.0
@@ -131,7 +132,7 @@ class Localizer:
             protocol=self.protocol,
             seeds=self.seeds,
             layers=self.layers,
-            model=self.statistics.fingerprint,
+            model=self.model,
             statistics=self.statistics.digest(),
             verification=None if self.verify is None else self.verify.to_dict(),
         )
@@ -310,6 +311,8 @@ class Localizer:
         with ExitStack() as stack:
             writer = None
             if out is not None:
+                if model_fingerprint(self.pipe) != self.model:
+                    raise NemoError("the model has changed since this Localizer was made: make a new one")
                 writer = stack.enter_context(ResultsFolder(out).writing(anew=not resume))
                 settings = self.settings  # once, because it reads all statistics for their digest
                 for found in writer.kept:

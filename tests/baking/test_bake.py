@@ -200,7 +200,7 @@ class TestRecord:
         record = json.loads((tmp_path / "out" / "nemo_ext.json").read_text())
         assert record["neurons"] == NEURONS.to_dict()
         assert record["versions"]["nemo_ext"] == nemo_ext.__version__
-        assert record["model"] == model_fingerprint(load_pipeline(model), "all")
+        assert record["model"] == model_fingerprint(load_pipeline(model))
         assert record["results"] == []
 
     def test_has_scores_of_results_and_no_prompt(self, model: Path, tmp_path: Path) -> None:

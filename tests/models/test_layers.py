@@ -13,8 +13,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.measure.activations import ValueStack
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import denoiser_of
-from nemo_ext.models.state import evaluating, model_fingerprint
-from nemo_ext.patching.patch import patched
+from nemo_ext.models.state import evaluating
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 
@@ -146,27 +145,6 @@ class TestValueStack:
             layers[MID].weight[2, 3] = float("nan")
         with pytest.raises(NemoError, match=rf"{MID}: the activations of these prompts are not finite"):
             ValueStack(layers).activations(torch.randn(1, 5, TEXT_WIDTH))
-
-
-class TestFingerprint:
-    def test_ignores_what_leaves_activations_alone(self, pipe: StableDiffusionPipeline) -> None:
-        before = model_fingerprint(pipe)
-        with patched(pipe, {MID: [0]}):
-            assert model_fingerprint(pipe) == before
-        nn.init.zeros_(pipe.unet.conv_in.weight)
-        assert model_fingerprint(pipe) == before
-        assert model_fingerprint(tiny_pipeline()) == before
-
-    def test_sees_what_changes_them(self, pipe: StableDiffusionPipeline) -> None:
-        seen = {model_fingerprint(pipe), model_fingerprint(pipe, [MID])}
-        with torch.no_grad():
-            value_layers(pipe)[MID].weight[0, 0] += 1e-3
-        seen.add(model_fingerprint(pipe))
-        with torch.no_grad():
-            next(pipe.text_encoder.parameters())[0, 0] += 1e-3
-        seen.add(model_fingerprint(pipe))
-        seen.add(model_fingerprint(pipe.to(torch.bfloat16)))
-        assert len(seen) == 5
 
 
 class TestEvaluating:
