@@ -6,10 +6,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from nemo_ext.errors import NemoError
 from nemo_ext.models.registry import denoiser_of, family_of
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def value_layers(model: Any, layers: str | Sequence[str] | None = None) -> dict[str, nn.Linear]:
@@ -27,7 +30,7 @@ def value_layers(model: Any, layers: str | Sequence[str] | None = None) -> dict[
     Raises:
         NemoError: the model has no cross-attention, a name is unknown, the layers read text embeddings of different
             widths, or a layer is not supported: its projections are fused, `to_v` is not a plain `torch.nn.Linear`
-            (LoRA, quantization), or its weights are on the meta device.
+            (LoRA, quantization), or its weights have fewer than 16 bits or are on the meta device.
     """
     denoiser = denoiser_of(model)
     family = family_of(model)
@@ -69,8 +72,15 @@ def unknown_layer(layer: str, known: Mapping[str, Any]) -> NemoError:
     return NemoError(f"the model has no value layer '{layer}'{hint}")
 
 
+def is_fused(attention: Any) -> bool:
+    """Whether a cross-attention projects keys and values in one layer, which leaves `to_v` unused."""
+    # Unfusing gives the attention another processor, and leaves the flag.
+    processor = type(getattr(attention, "processor", None)).__name__
+    return bool(getattr(attention, "fused_projections", False)) and "Fused" in processor
+
+
 def _checked_value_layer(layer: str, attention: nn.Module) -> nn.Linear:
-    if getattr(attention, "fused_projections", False):
+    if is_fused(attention):
         raise NemoError(f"{layer} is fused with to_k: call unfuse_qkv_projections() first")
     if getattr(attention, "added_kv_proj_dim", None) is not None:
         raise NemoError(
@@ -82,8 +92,17 @@ def _checked_value_layer(layer: str, attention: nn.Module) -> nn.Linear:
     plain = type(module) is nn.Linear or "neuron_scale" in getattr(module, "_buffers", ())
     if not (isinstance(module, nn.Linear) and plain):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        hint = ": merge the LoRA into the weights, or unload it" if hasattr(module, "base_layer") else ""
+        hint = ""
+        if hasattr(module, "base_layer"):
+            hint = ": merge the LoRA into the weights (pipe.fuse_lora()), or unload it (pipe.unload_lora_weights())"
+            if getattr(module, "merged", False):
+                hint = ": its LoRA is merged into the weights, now remove the wrapper with pipe.unload_lora_weights()"
         raise NemoError(f"{layer} must be a torch.nn.Linear, got {kind}{hint}")
+    if module.weight.dtype not in _DTYPES:
+        raise NemoError(
+            f"{layer} stores its weights as {module.weight.dtype} (layerwise casting?): wanted float32, bfloat16 or "
+            "float16, so patch and measure the model before its weights are stored like this"
+        )
     if module.weight.is_meta:
         raise NemoError(f"{layer} has its weights on the meta device (sequential offload?): load the weights first")
     return module

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import inspect
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nemo_ext.errors import NemoError
 from nemo_ext.models.family import unwrapped
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import denoiser_of, family_of
@@ -24,24 +28,86 @@ def is_compiled(denoiser: nn.Module) -> bool:
     )
 
 
+class _Claim:
+    """Who uses a module, and how many blocks of this user are open."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self.depth = 0
+
+
+_claims: weakref.WeakKeyDictionary[nn.Module, _Claim] = weakref.WeakKeyDictionary()
+_claims_lock = threading.Lock()
+
+
+def _owner() -> object:
+    """The running thread, and its asyncio task if it runs one: two of them can be in the middle of the same block."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop
+        task = None
+    return threading.get_ident(), id(task)
+
+
+def check_unclaimed(module: nn.Module) -> None:
+    """Check that no other thread or asyncio task uses a module.
+
+    Raises:
+        NemoError: another one does.
+    """
+    claim = _claims.get(module)
+    if claim is not None and claim.owner != _owner():
+        raise NemoError(
+            f"another thread uses this {type(module).__name__}, and would see other neurons than its own: wait until "
+            "it has finished, or give each thread a pipeline of its own"
+        )
+
+
+@contextmanager
+def claimed(*modules: nn.Module) -> Iterator[None]:
+    """Keep modules for the running thread or asyncio task during a block. The same one may open more blocks inside.
+
+    Raises:
+        NemoError: another thread or task uses one of them.
+    """
+    with _claims_lock:
+        for module in modules:
+            check_unclaimed(module)
+        claims = [_claims.setdefault(module, _Claim(_owner())) for module in modules]
+        for claim in claims:
+            claim.depth += 1
+    try:
+        yield
+    finally:
+        with _claims_lock:
+            for module, claim in zip(modules, claims, strict=True):
+                claim.depth -= 1
+                if claim.depth == 0:
+                    _claims.pop(module, None)
+
+
 @contextmanager
 def evaluating(pipe: Any) -> Iterator[None]:
     """Run a block in evaluation mode and under `plain_torch`. Afterwards every module has the mode that it had before.
 
     Args:
         pipe: a pipeline; its denoiser and its text encoders are switched.
+
+    Raises:
+        NemoError: another thread or asyncio task uses them.
     """
-    parts = (denoiser_of(pipe), *family_of(pipe).text_encoders(pipe).values())
-    modules = [module for part in parts for module in part.modules()]
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        with plain_torch():
-            yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+    parts = (denoiser_of(pipe), *map(unwrapped, family_of(pipe).text_encoders(pipe).values()))
+    with claimed(*parts):
+        modules = [module for part in parts for module in part.modules()]
+        modes = [module.training for module in modules]
+        try:
+            for module in modules:
+                module.training = False
+            with plain_torch():
+                yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
 
 
 def model_fingerprint(pipe: Any) -> str:

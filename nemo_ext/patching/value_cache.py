@@ -3,43 +3,45 @@
 The same holds for the keys of a cross-attention, but patching changes no layer except `to_v`.
 """
 
-import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+#: Computes the values of a text: (e, W, bias, s) -> v.
+Projection = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
 
 class _Entry(NamedTuple):
-    input: "weakref.ref[Tensor]"
-    #: "values": the cached values. "references": the objects whose id or address is part of `state`; while they are
-    #: alive, no other object can get the same id or address. The dictionary is cleared when the input is deleted.
-    cached: dict[str, Any]
-    state: tuple[Any, ...]
+    """Values, and a copy of everything that they were computed from."""
+
+    inputs: tuple[Tensor | None, ...]
+    autocast: torch.dtype | None
+    values: Tensor
     version: int
+
+    def is_unchanged(self) -> bool:
+        """Whether the last caller has neither changed the values in place nor set `requires_grad` on them."""
+        return self.values._version == self.version and not self.values.requires_grad
 
 
 class ValueCache:
-    """The last values of one value layer, which are returned again if their input is the same and nothing has changed.
+    """The last values of one value layer, which are returned again if everything that they depend on is the same.
 
     A generation passes the same text embedding at every step, so with the cache each layer projects it once. The cache
-    has at most one entry, which is deleted together with its text embedding. Values are always computed under inference
-    mode, for subclasses of tensors, and if a gradient is needed. Changes are detected by PyTorch's version counters, so
-    writing to an embedding or a weight through `.data`, NumPy or a pointer is not detected.
+    compares contents with copies, because PyTorch does not count a change through `.data` (as averages of weights are
+    written), NumPy or a pointer; a comparison takes a small part of a projection's time. On CUDA, where it would wait
+    for the GPU, values are always computed; so are they under inference mode, for subclasses of tensors, and if a
+    gradient is needed.
     """
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
-    def get(
-        self,
-        project: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: Tensor,
-    ) -> Tensor:
+    def get(self, project: Projection, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
         """Return `project(input, weight, bias, scale)`, from the cache if possible.
 
         Args:
@@ -52,50 +54,37 @@ class ValueCache:
         Returns:
             The values, [B, T, N]. From the cache it is the same tensor as before.
         """
-        if not _can_be_cached(input, weight, bias, scale):
-            return project(input, weight, bias, scale)
-        # The state is read before the projection, so the entry will not match if another thread changes a tensor now.
-        state = _state(input, weight, bias, scale)
+        inputs = (input, weight, bias, scale)
+        if not _can_be_cached(*inputs):
+            return project(*inputs)
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         entry = self._entry
-        if entry is not None and entry.input() is input and entry.state == state:
-            values: Tensor = entry.cached["values"]
-            # The last caller may have changed the values in place, or set `requires_grad` on them.
-            if values._version == entry.version and not values.requires_grad:
-                return values
-        values = project(input, weight, bias, scale)
-        if not values.is_inference():
-            # `Module.to` assigns to `.data`, which gives a parameter another storage. The old storage is referenced,
-            # because its address could otherwise be reused for other weights.
-            storages = [parameter.detach() for parameter in (weight, bias) if parameter is not None]
-            cached = {"values": values, "references": (weight, bias, scale, storages)}
-            # The callback refers to `cached` alone. A reference to the cache would keep the layer alive.
-            reference = weakref.ref(input, lambda _: cached.clear())
-            self._entry = _Entry(reference, cached, state, values._version)
+        if entry is not None and entry.autocast == autocast and entry.is_unchanged() and _equal(entry.inputs, inputs):
+            return entry.values
+        # They are copied before the projection, so the entry will not match if another thread changes a tensor now.
+        copies = tuple(None if tensor is None else tensor.detach().clone() for tensor in inputs)
+        values = project(*inputs)
+        self._entry = _Entry(copies, autocast, values, values._version)
         return values
 
 
 def _can_be_cached(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> bool:
-    """Whether no gradient is needed and changes of these tensors can be detected."""
-    # A subclass of tensors (distributed, quantized, in functional_call) may not count its changes in `_version`.
+    """Whether no gradient is needed, and these tensors can be compared without waiting for a GPU."""
     plain = type(input) is Tensor and type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
-    if not plain or not (input.is_cpu or input.is_cuda):
+    if not plain or torch.is_inference_mode_enabled() or torch._C._functorch.is_functorch_wrapped_tensor(input):
         return False
     tensors = (input, weight, scale) if bias is None else (input, weight, scale, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return not any(tensor.is_inference() for tensor in tensors)
+    return all(tensor.is_cpu for tensor in tensors)
 
 
-def _state(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> tuple[Any, ...]:
-    """Everything that the values depend on besides the identity of the input. Equal states mean equal values."""
-    device = "cuda" if input.is_cuda else "cpu"
-    return (
-        input._version,
-        # The same parameter object can get another storage, or become another view of the same storage.
-        *(id(weight), weight._version, weight.data_ptr(), weight.stride()),
-        *(() if bias is None else (id(bias), bias._version, bias.data_ptr(), bias.stride())),
-        *(id(scale), scale._version),
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-        # Another stream could read the values before they have been computed.
-        torch.cuda.current_stream(input.device) if input.is_cuda else None,
-    )
+def _equal(copies: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> bool:
+    """Whether all tensors have the shape, the dtype and the elements of their copies."""
+    for copy, tensor in zip(copies, inputs, strict=True):
+        if copy is None or tensor is None:
+            if copy is not tensor:
+                return False
+        elif copy.dtype != tensor.dtype or not torch.equal(copy, tensor):
+            return False
+    return True

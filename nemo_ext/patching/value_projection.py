@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemo_ext import ops
+from nemo_ext.errors import warn
 from nemo_ext.patching.value_cache import ValueCache
 
 
@@ -70,6 +72,14 @@ class ValueProjection(nn.Linear):
             unscaled: whether they are.
         """
         self.kept.ones = (self.neuron_scale, self.neuron_scale._version) if unscaled else None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.is_unscaled():
+            warn(
+                "neurons are off, and their weights are written as they are: loaded again, the neurons are on; "
+                "nemo_ext.bake writes a model in which they are off for good"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ValueProjection:
         # `.half()` and `.to(dtype)` would also convert the scale and round it, so here only its device changes.

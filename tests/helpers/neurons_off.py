@@ -9,6 +9,7 @@ from tiny_pipeline import TEXT_WIDTH, TOKENS
 from torch import Tensor
 
 from nemo_ext.models.layers import value_layers
+from nemo_ext.models.registry import denoiser_of
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import PatchHandle
 
@@ -36,4 +37,4 @@ def with_rows_zeroed(pipe: StableDiffusionPipeline, neurons: NeuronSet) -> Stabl
 
 def handle_of(model: Any) -> PatchHandle:
     """The handle of a pipeline or U-Net that was patched somewhere else."""
-    return PatchHandle(value_layers(model, "all"))
+    return PatchHandle(value_layers(model, "all"), denoiser_of(model))

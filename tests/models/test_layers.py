@@ -86,6 +86,8 @@ class TestRefusals:
         pipe.fuse_qkv_projections(vae=False)
         with pytest.raises(NemoError, match=rf"{next(iter(DOWN_AND_MID))} is fused .* unfuse_qkv_projections"):
             value_layers(pipe)
+        pipe.unfuse_qkv_projections()
+        assert list(value_layers(pipe)) == list(DOWN_AND_MID)
 
     @staticmethod
     def _wrapped_by_lora(linear: nn.Linear) -> nn.Module:

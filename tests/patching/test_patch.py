@@ -94,7 +94,7 @@ class TestPatchedPipeline:
         patch(pipe)
         assert torch.equal(generated(), before)
 
-    def test_a_generation_projects_the_text_once(
+    def test_a_text_is_projected_once_and_not_at_every_step(
         self, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         projections = []
@@ -105,7 +105,7 @@ class TestPatchedPipeline:
         images(pipe)
         assert len(projections) == layers
         images(pipe)
-        assert len(projections) == 2 * layers
+        assert len(projections) == layers
 
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
