@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ext.errors import NemoError
+from nemo_ext.errors import NemoError, warn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -301,14 +301,23 @@ def load_model(args: argparse.Namespace) -> Any:
 
 
 def _usable_device(wanted: str | None) -> str:
-    """Return `wanted` if the operators run on that device. For None, return CUDA if they run there, else the CPU."""
+    """Return `wanted` if the operators run on that device. For None, return CUDA if they run there, else the CPU.
+
+    A GPU on which they do not run is not left out silently, because the CPU can take hours for what a GPU does in
+    minutes.
+    """
     from nemo_ext import info
 
     # `nemo_ext.ops` is imported first. If compiled modules are missing, its error says what to do; `_module` has none.
     importlib.import_module("nemo_ext.ops")
     build = importlib.import_module("nemo_ext._module").build_facts()
     found = [] if wanted == "cpu" else info.gpus()
-    device = wanted or ("cuda" if found and info.cuda_obstacle(build, found[0]) is None else "cpu")
+    device = wanted
+    if device is None:
+        obstacle = info.cuda_obstacle(build, found[0]) if found else None
+        if obstacle is not None:
+            warn(f"the CPU is used, although there is a GPU: {obstacle}; or say --device cpu")
+        device = "cuda" if found and obstacle is None else "cpu"
     if device != "cpu":
         index = int(device.partition(":")[2] or 0)
         if index >= len(found):

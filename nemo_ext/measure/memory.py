@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,7 +25,55 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), *free_in_containers())
+
+
+def free_in_containers(root: Path = Path("/")) -> list[int]:
+    """The memory that each limit on this process leaves, in bytes: of its control group, and of those around it.
+
+    A container's limit is lower than the machine's memory, and a process that exceeds it is killed. Memory that the
+    kernel can take back, such as file caches, counts as free.
+
+    Args:
+        root: the root of the file system, where /proc and /sys are.
+
+    Returns:
+        One number for each limit; no number if there is none, or on a system without control groups.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    free = []
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = mount / path.lstrip("/")
+        # Inside a container, the path can be one that only the host has; then the mounted root is the container's
+        # group.
+        for folder in (own, *own.parents):
+            left = _free_in(folder, *names)
+            if left is not None:
+                free.append(left)
+            if folder == mount:
+                break
+    return free
+
+
+def _free_in(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    """The memory that the limit of one control group leaves, in bytes; None if it has no limit."""
+    try:
+        most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+    return max(0, most - used + int(counts.get(reclaimable, 0)))
 
 
 def fitting_batch_size(pipe: Any, hidden: Tensor) -> int:

@@ -6,12 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from evaluation_parts import localization
 
+from nemo_ext import info
 from nemo_ext.cli import main
+from nemo_ext.commands.shared import _usable_device
+from nemo_ext.errors import NemoError, NemoWarning
 from nemo_ext.neurons import NeuronSet
 
 PROMPT = "a café → 日本"
@@ -108,3 +112,22 @@ def test_a_folder_that_nobody_may_write_to_is_refused_with_one_sentence(results:
     done = run("report", "--results", results, "--out", folder / "report.html")
     assert done.returncode == 1
     assert done.stderr == f"nemo-ext report: {folder} can't be written to: no permission to write in {folder}\n"
+
+
+class TestAGpuThatTheKernelsWereNotBuiltFor:
+    @pytest.fixture(autouse=True)
+    def _gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Some GPU", (7, 5))])
+
+    def test_is_not_left_out_silently(self) -> None:
+        with pytest.warns(NemoWarning, match=r"the CPU is used, although there is a GPU: .*Some GPU.*--device cpu"):
+            assert _usable_device(None) == "cpu"
+
+    def test_is_left_out_on_request(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert _usable_device("cpu") == "cpu"
+
+    def test_is_refused_on_request(self) -> None:
+        with pytest.raises(NemoError, match="--device cuda: .*Some GPU"):
+            _usable_device("cuda")

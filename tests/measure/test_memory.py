@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from tiny_pipeline import TEXT_WIDTH, tiny_pipeline
 
 from nemo_ext.measure import memory
-from nemo_ext.measure.memory import PeakBytes, fitting_batch_size, free_bytes
+from nemo_ext.measure.memory import PeakBytes, fitting_batch_size, free_bytes, free_in_containers
 from nemo_ext.measure.noise import DEFAULT_BATCH_SIZE, evaluate_zeros
 
 HIDDEN = torch.zeros(1, 5, TEXT_WIDTH)
@@ -23,6 +24,56 @@ FLOATS = 1000
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
     return tiny_pipeline()
+
+
+class TestContainers:
+    """Limits of control groups, version 1 and 2, as Docker, Kubernetes and systemd set them."""
+
+    @staticmethod
+    def _group(folder: Path, limit: str, usage: int, cached: int, *, version: int = 2) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+                 2: ("memory.max", "memory.current", "inactive_file")}[version]  # fmt: skip
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{usage}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{names[2]} {cached}\n")
+
+    @staticmethod
+    def _process(root: Path, text: str) -> None:
+        (root / "proc/self").mkdir(parents=True)
+        (root / "proc/self/cgroup").write_text(text)
+
+    def test_a_containers_limit_counts_without_what_can_be_taken_back(self, tmp_path: Path) -> None:
+        self._process(tmp_path, "0::/\n")
+        self._group(tmp_path / "sys/fs/cgroup", "1000", 600, 100)
+        assert free_in_containers(tmp_path) == [500]
+
+    def test_limits_of_the_groups_around_it_count_too(self, tmp_path: Path) -> None:
+        self._process(tmp_path, "0::/slice/scope\n")
+        self._group(tmp_path / "sys/fs/cgroup/slice/scope", "max", 600, 0)
+        self._group(tmp_path / "sys/fs/cgroup/slice", "900", 700, 50)
+        assert free_in_containers(tmp_path) == [250]
+
+    def test_version_1(self, tmp_path: Path) -> None:
+        self._process(tmp_path, "9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
+        self._group(tmp_path / "sys/fs/cgroup/memory", "800", 500, 0, version=1)
+        assert free_in_containers(tmp_path) == [300]
+
+    def test_more_than_the_limit_in_use_leaves_nothing(self, tmp_path: Path) -> None:
+        self._process(tmp_path, "0::/\n")
+        self._group(tmp_path / "sys/fs/cgroup", "1000", 1200, 0)
+        assert free_in_containers(tmp_path) == [0]
+
+    @pytest.mark.parametrize("text", ["0::/\n", "", None])
+    def test_no_limit_or_no_control_groups_at_all(self, tmp_path: Path, text: str | None) -> None:
+        if text is not None:
+            self._process(tmp_path, text)
+        assert free_in_containers(tmp_path) == []
+
+    def test_the_lowest_limit_is_what_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        machine = memory.free_bytes(torch.device("cpu"))
+        monkeypatch.setattr(memory, "free_in_containers", lambda: [1 << 30, 5000])
+        assert memory.free_bytes(torch.device("cpu")) == 5000 < machine
 
 
 class TestPeakBytes:
