@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     return [prompt.text for prompt in read_prompt_list(path)]
 
 
+# Held while a global setting of Pillow is changed, so that two threads do not restore each other's.
+_pillow_settings = threading.Lock()
+
+
 def read_image(path: str | Path) -> Image:
     """Read an image file as RGB.
 
@@ -61,16 +66,17 @@ def read_image(path: str | Path) -> Image:
     from PIL import Image as images
     from PIL import ImageFile
 
-    # Programs around this one set it, and then Pillow fills what is missing of an image with gray.
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with images.open(path) as picture:
-            converted: Image = picture.convert("RGB")
-            return converted
-    except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
-        raise NemoError(f"the image {path} can't be read: {error}") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+    with _pillow_settings:
+        # Programs around this one set it, and then Pillow fills what is missing of an image with gray.
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            with images.open(path) as picture:
+                converted: Image = picture.convert("RGB")
+                return converted
+        except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error
+            raise NemoError(f"the image {path} can't be read: {error}") from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def check_input_file(path: str | Path, what: str, source: str) -> Path:

@@ -106,7 +106,7 @@ class Family(ABC):
 
         Args:
             folder: the folder.
-            variant: "fp16" if the weights are in `*.fp16.safetensors`, else None.
+            variant: "fp16" if the weights are in `*.fp16.safetensors`, and so on; None for plain names.
             size: height and width of the latents that it generates from; None: those that the folder says.
         """
 

@@ -6,7 +6,7 @@ run code, and the network is never used. Every error is one sentence that names 
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nemo_ext.errors import NemoError
 from nemo_ext.models.family import Family
 from nemo_ext.models.registry import FAMILIES
 from nemo_ext.models.text import skip_text_layers
+from nemo_ext.reading import parse_json, refusing
 
 
 def load_pipeline(
@@ -30,7 +31,7 @@ def load_pipeline(
 
     Args:
         folder: a folder as a pipeline's `save_pretrained` writes it, with weights in safetensors. If it holds only
-            half-precision weights (`*.fp16.safetensors`), these are read.
+            weights of one variant (`*.fp16.safetensors`, `*.bf16.safetensors`), these are read.
         device: the device that the pipeline is moved to.
         dtype: the precision that its weights are converted to; float32 by default.
         clip_skip: the number of the text encoder's last layers that are not used (`skip_text_layers`).
@@ -82,10 +83,8 @@ def _family_in(folder: Path) -> Family:
             f"{folder} isn't a diffusers pipeline, it has no model_index.json: give the folder that holds "
             "unet/, text_encoder/, tokenizer/ and vae/"
         )
-    try:
-        description = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise NemoError(f"{index} can't be read as JSON: {error}") from error
+    with refusing(index, "can't be read as JSON"):
+        description = parse_json(index.read_bytes())
     kind = description.get("_class_name") if isinstance(description, dict) else None
     for family in FAMILIES:
         if kind == family.pipeline_class:
@@ -95,12 +94,14 @@ def _family_in(folder: Path) -> Family:
 
 
 def _variant_in(folder: Path, family: Family) -> str | None:
-    """The variant of the weights in a folder: "fp16", or None for plain names.
+    """The variant of the weights in a folder, such as "fp16" or "bf16"; None for plain names.
+
+    Where a folder has several, plain names are taken first, then fp16.
 
     Raises:
         NemoError: a component is missing or has no safetensors, or the components are of different variants.
     """
-    variants = set()
+    common: set[str | None] | None = None
     for name in family.components:
         component = folder / name
         if not component.is_dir():
@@ -114,10 +115,17 @@ def _variant_in(folder: Path, family: Family) -> str | None:
                 + ", and only safetensors are read because opening a pickle can run code: convert it with "
                 "save_pretrained(..., safe_serialization=True)"
             )
-        variants.add("fp16" if all(".fp16" in file for file in weights) else None)
-    if len(variants) > 1:
+        own = {_variant_of(file) for file in weights}
+        common = own if common is None else common & own
+    if not common:
         raise NemoError(
-            f"{folder} has some components only as *.fp16.safetensors and others only without fp16: "
-            "save all of them in the same way"
+            f"{folder} has some components only in one variant of their weights (such as *.fp16.safetensors) and "
+            "others only in another: save all of them in the same way"
         )
-    return variants.pop()
+    return min(common, key=lambda variant: (variant is not None, variant != "fp16", variant or ""))
+
+
+def _variant_of(file: str) -> str | None:
+    """The variant in the name of a file of weights: "fp16" for model.fp16.safetensors or model.fp16-00001-of-00002…"""
+    parts = re.sub(r"-\d+-of-\d+", "", file.removesuffix(".safetensors")).split(".")
+    return parts[1] if len(parts) > 1 else None

@@ -129,5 +129,5 @@ class TestAGpuThatTheKernelsWereNotBuiltFor:
             assert _usable_device("cpu") == "cpu"
 
     def test_is_refused_on_request(self) -> None:
-        with pytest.raises(NemoError, match="--device cuda: .*Some GPU"):
+        with pytest.raises(NemoError, match=r"--device cuda: .*Some GPU"):
             _usable_device("cuda")
