@@ -95,7 +95,7 @@ def sampler_of(pipe: Any) -> Any:
     The copy shares the pipeline's models, so neurons that a patch has switched off are off in the copy too. The
     pipeline itself stays as it is.
     """
-    sampler = copy.copy(pipe)
+    sampler = copy.copy(family_of(pipe).text_to_image(pipe))
     sampler.scheduler = family_of(pipe).sampling_scheduler(pipe)
     sampler.set_progress_bar_config(disable=True)
     return sampler
@@ -130,6 +130,7 @@ def generate_images(
         NemoError: the images are not finite.
     """
     images: list[Image] = []
+    others = family_of(pipe).generation_arguments(pipe)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         with evaluating(pipe):
@@ -139,6 +140,7 @@ def generate_images(
                 guidance_scale=guidance,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
                 output_type="np",
+                **others,
             ).images
         if not np.isfinite(made).all():
             raise NemoError("the images hold NaN: the model overflows in this precision, use float32 (--dtype float32)")

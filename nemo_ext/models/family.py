@@ -25,13 +25,13 @@ class Family(ABC):
 
     Attributes:
         name: the family's name in messages.
-        pipeline_class: the name of the pipeline's class, as `model_index.json` in a saved pipeline has it.
+        pipeline_classes: the names of the pipelines' classes, as `model_index.json` in a saved pipeline has them.
         components: the folders of a saved pipeline that hold weights.
         searched_layers: the name of the group of value layers that is searched by default.
     """
 
     name: str
-    pipeline_class: str
+    pipeline_classes: tuple[str, ...]
     components: tuple[str, ...]
     searched_layers: str
 
@@ -99,6 +99,14 @@ class Family(ABC):
     @abstractmethod
     def sampling_scheduler(self, pipe: Any) -> Any:
         """A new scheduler that gives usable images in few steps, with the noise levels of the pipeline's scheduler."""
+
+    def text_to_image(self, pipe: Any) -> Any:
+        """A pipeline with the same models that generates from text alone; `pipe` itself if it does so."""
+        return pipe
+
+    def generation_arguments(self, pipe: Any) -> Mapping[str, Any]:
+        """What the pipeline's `__call__` wants besides prompts, steps, guidance and generators."""
+        return {}
 
     @abstractmethod
     def load(self, folder: Path, variant: str | None, size: tuple[int, int] | None) -> Any:

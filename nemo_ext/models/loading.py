@@ -87,9 +87,9 @@ def _family_in(folder: Path) -> Family:
         description = parse_json(index.read_bytes())
     kind = description.get("_class_name") if isinstance(description, dict) else None
     for family in FAMILIES:
-        if kind == family.pipeline_class:
+        if kind in family.pipeline_classes:
             return family
-    known = " or ".join(f"a {family.pipeline_class} folder ({family.name})" for family in FAMILIES)
+    known = " or ".join(f"a {family.pipeline_classes[0]} folder ({family.name})" for family in FAMILIES)
     raise NemoError(f"{folder} holds a {kind or 'pipeline without a class name'}: give {known}")
 
 

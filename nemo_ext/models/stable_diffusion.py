@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,12 +36,21 @@ _LEAST_SIGNAL = 1e-6
 class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x, as `StableDiffusionPipeline` with `UNet2DConditionModel`.
 
+    Pipelines that take images too, with or without a ControlNet, are measured by their U-Net and its text alone, and
+    their images are those of a text-to-image pipeline with the same models. A U-Net for inpainting is measured as if
+    everything were masked, so that nothing but the text says what to draw.
+
     "down+mid" names the value layers of the down blocks and of the mid block, which the paper searches; in Stable
     Diffusion 1 these are seven layers with 5,760 neurons.
     """
 
     name = "Stable Diffusion 1.x or 2.x"
-    pipeline_class = "StableDiffusionPipeline"
+    pipeline_classes = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionInpaintPipeline",
+    )
     components = ("unet", "text_encoder", "vae")
     searched_layers = "down+mid"
 
@@ -115,7 +125,7 @@ class StableDiffusion(Family):
                 "example pipe.unet.register_to_config(sample_size=64)"
             )
         height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return config.out_channels, height, width
 
     def noise_predictor(self, pipe: Any, num_inference_steps: int, step_index: int) -> NoisePredictor:
         """The U-Net's prediction at one step of a DDIM schedule with the noise levels of the pipeline's scheduler.
@@ -141,9 +151,14 @@ class StableDiffusion(Family):
                 f"memorized: measure at a later step, such as Protocol(step_index={step_index + 1})"
             )
 
+        masked = self._everything_masked(pipe)
+
         def predict(latents: Tensor, hidden: Tensor) -> Tensor:
             texts = hidden.to(device, unet.dtype).expand(len(latents), -1, -1).contiguous()
-            output = unet(latents.to(unet.dtype), timestep, encoder_hidden_states=texts, return_dict=False)[0]
+            inputs = latents.to(unet.dtype)
+            if masked is not None:
+                inputs = torch.cat((inputs, masked.expand(len(latents), -1, -1, -1)), dim=1)
+            output = unet(inputs, timestep, encoder_hidden_states=texts, return_dict=False)[0]
             noise: Tensor = output.float()
             if prediction == "v_prediction":
                 noise = alpha.sqrt() * noise + (1 - alpha).sqrt() * latents
@@ -157,9 +172,61 @@ class StableDiffusion(Family):
 
         return DDIMScheduler.from_config(pipe.scheduler.config)
 
-    def load(self, folder: Path, variant: str | None, size: tuple[int, int] | None) -> Any:
-        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    def _everything_masked(self, pipe: Any) -> Tensor | None:
+        """The channels that a U-Net for inpainting gets besides the latents if everything is masked, [1, 5, H, W].
 
+        These are a mask of ones and the latents of a gray image, as in the pipeline itself. None for other U-Nets.
+        """
+        unet = pipe.unet
+        if unet.config.in_channels == unet.config.out_channels:
+            return None
+        _, height, width = self.latent_shape(pipe)
+        side = (pipe.vae_scale_factor * height, pipe.vae_scale_factor * width)
+        gray = torch.zeros(1, 3, *side, dtype=pipe.vae.dtype, device=pipe.vae.device)
+        with torch.no_grad():
+            latents = pipe.vae.encode(gray).latent_dist.mode() * pipe.vae.config.scaling_factor
+        mask = torch.ones(1, 1, height, width, dtype=unet.dtype, device=unet.device)
+        return torch.cat((mask, latents.to(mask)), dim=1)
+
+    def text_to_image(self, pipe: Any) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        wants_image = "image" in inspect.signature(type(pipe).__call__).parameters
+        if not wants_image or pipe.unet.config.in_channels != pipe.unet.config.out_channels:
+            return pipe
+        return StableDiffusionPipeline(
+            vae=pipe.vae,
+            text_encoder=pipe.text_encoder,
+            tokenizer=pipe.tokenizer,
+            unet=pipe.unet,
+            scheduler=pipe.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def generation_arguments(self, pipe: Any) -> Mapping[str, Any]:
+        """For a pipeline for inpainting, an image and a mask over all of it."""
+        if "mask_image" not in inspect.signature(type(pipe).__call__).parameters:
+            return {}
+        from PIL import Image
+
+        _, height, width = self.latent_shape(pipe)
+        size = (pipe.vae_scale_factor * width, pipe.vae_scale_factor * height)
+        return {
+            "image": Image.new("RGB", size, "gray"),
+            "mask_image": Image.new("L", size, 255),
+            "height": size[1],
+            "width": size[0],
+            "strength": 1.0,
+        }
+
+    def load(self, folder: Path, variant: str | None, size: tuple[int, int] | None) -> Any:
+        from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+
+        kind = StableDiffusionPipeline.load_config(folder, local_files_only=True)["_class_name"]
+        inpaints = kind == StableDiffusionInpaintPipeline.__name__
+        made = StableDiffusionInpaintPipeline if inpaints else StableDiffusionPipeline
         given = {}
         if size is not None:
             given["unet"] = UNet2DConditionModel.from_pretrained(
@@ -170,7 +237,7 @@ class StableDiffusion(Family):
                 variant=variant,
                 sample_size=size,
             )
-        pipe = StableDiffusionPipeline.from_pretrained(
+        pipe = made.from_pretrained(
             folder,
             **given,
             local_files_only=True,
@@ -191,10 +258,10 @@ def _check_unet(config: Any) -> None:
     Raises:
         NemoError: it does; the message names what it needs.
     """
-    if config.out_channels != config.in_channels:
+    if config.in_channels not in (config.out_channels, 2 * config.out_channels + 1):
         raise NemoError(
-            f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a "
-            "text-to-image model, not inpainting or the like"
+            f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a model for "
+            "text-to-image or for inpainting"
         )
     for name, what in _OTHER_INPUTS.items():
         value = getattr(config, name, None)

@@ -120,7 +120,7 @@ class Signs(Family):
     """The family: everything that the package knows about signs."""
 
     name = "Signs"
-    pipeline_class = "SignPipeline"
+    pipeline_classes = ("SignPipeline",)
     components = ("painter", "clerk")
     searched_layers = "last"
 

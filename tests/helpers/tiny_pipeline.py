@@ -37,16 +37,18 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
 
 
-def tiny_pipeline(seed: int = 0, *, text_in_up_blocks: bool = False) -> StableDiffusionPipeline:
+def tiny_pipeline(seed: int = 0, *, text_in_up_blocks: bool = False, in_channels: int = 4) -> StableDiffusionPipeline:
     """A pipeline with random weights; equal seeds give equal weights, and the global seed is left alone.
 
-    With `text_in_up_blocks` the up blocks have the nine cross-attentions of Stable Diffusion 1.
+    With `text_in_up_blocks` the up blocks have the nine cross-attentions of Stable Diffusion 1. With 9 `in_channels`
+    the U-Net is one for inpainting.
     """
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
             sample_size=16,
+            in_channels=in_channels,
             block_out_channels=CHANNELS,
             down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + (("CrossAttnUpBlock2D" if text_in_up_blocks else "UpBlock2D"),) * 3,

@@ -46,10 +46,10 @@ class TestInitialLatents:
         expected = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
         assert torch.equal(initial_latents(pipe, 3, PUBLISHED), expected)
 
-    def test_inpainting_models_are_refused(self) -> None:
+    def test_unets_that_take_other_images_are_refused(self) -> None:
         pipe = tiny_pipeline()
-        pipe.unet.register_to_config(in_channels=9)
-        with pytest.raises(NemoError, match="takes 9 channels and predicts 4: wanted a text-to-image model"):
+        pipe.unet.register_to_config(in_channels=8)
+        with pytest.raises(NemoError, match="takes 8 channels and predicts 4: wanted a model for text-to-image"):
             initial_latents(pipe, 2, PAPER)
 
 
