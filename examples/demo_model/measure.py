@@ -361,8 +361,8 @@ def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localizati
     silenced = []
     with bars.task("sets of others", len(found)) as advance, patch_handle(pipe) as handle:
         for one in found:
-            hidden = encode_prompts(pipe, [one.prompt])
-            probe = NoiseProbe(Runs(pipe, handle, hidden, seeds=one.seeds, protocol=one.protocol))
+            text = encode_prompts(pipe, [one.prompt])
+            probe = NoiseProbe(Runs(pipe, handle, text, seeds=one.seeds, protocol=one.protocol))
             probe.keep_above(one.threshold)
             silenced += [probe.remaining(other.neurons) <= one.threshold for other in found if other is not one]
             advance(1)

@@ -36,7 +36,7 @@ from nemo_ext.measure.noise import initial_latents, scaled
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import pairwise_score, seed_latents
 from nemo_ext.measure.statistics import ActivationStatistics
-from nemo_ext.models.family import NoisePredictor
+from nemo_ext.models.family import NoisePredictor, TextEmbedding
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, is_compiled
@@ -140,24 +140,24 @@ class DetectorRuns:
         Raises:
             NemoError: the predicted noise is not finite, or as for `encode_prompts`.
         """
-        hidden = encode_prompts(self._pipe, [prompt])
+        text = encode_prompts(self._pipe, [prompt])
         with evaluating(self._pipe):
-            noise, attention = self._noise_and_attention(hidden)
+            noise, attention = self._noise_and_attention(text)
             magnitude = _norms(noise - self._unconditional[self._first]).mean().item()
             scores = {FIRST_MAGNITUDE: magnitude}
             if self._can(NEMO):
                 scores[NEMO] = pairwise_score(scaled(noise - self._latents), self._protocol).max
             if self._can(MEAN_MAGNITUDE):
-                scores[MEAN_MAGNITUDE] = self._mean_magnitude(hidden, noise)
+                scores[MEAN_MAGNITUDE] = self._mean_magnitude(text, noise)
             if self._can(MEAN_ENTROPY):
                 scores[MEAN_ENTROPY] = attention_entropy(attention.mean(0)).mean().item()
             if self._can(LAYER_ENTROPY):
                 scores[LAYER_ENTROPY] = attention_entropy(attention[PUBLISHED_LAYER]).mean().item()
             if self._can(GUIDANCE_ALIGNMENT):
-                scores[GUIDANCE_ALIGNMENT] = self._alignment(hidden)
+                scores[GUIDANCE_ALIGNMENT] = self._alignment(text)
                 scores[ANISOTROPY] = NORM_WEIGHT * magnitude + ALIGNMENT_WEIGHT * scores[GUIDANCE_ALIGNMENT]
             if self._statistics is not None and self._stack is not None:
-                activations = self._stack.split(self._stack.activations(hidden.to(self._stack.weight)))
+                activations = self._stack.split(self._stack.activations(text.hidden.to(self._stack.weight)))
                 scores[Z_SCORE] = max(z.max().item() for z in self._statistics.z_scores(activations).values())
         return scores
 
@@ -197,7 +197,7 @@ class DetectorRuns:
                 f"it reads the fourth cross-attention, and the denoiser has {len(self._layers)}"
             )
 
-    def _noise(self, step: _Step, hidden: Tensor, latents: Tensor, *, recording: bool = False) -> Tensor:
+    def _noise(self, step: _Step, text: TextEmbedding, latents: Tensor, *, recording: bool = False) -> Tensor:
         """ε, [S, C, H, W] float32, at a step; `recording` says that attention is recorded, with the denoiser eager."""
         if step not in self._predictors:
             self._predictors[step] = self._family.noise_predictor(self._pipe, *step)
@@ -207,7 +207,7 @@ class DetectorRuns:
             missing = self._batch_size - len(batch) if self._compiled and not recording else 0
             padded = functional.pad(batch, (0, 0) * 3 + (0, missing))
             self.samples += len(padded)
-            rows.append(self._predictors[step](padded, hidden)[: len(batch)])
+            rows.append(self._predictors[step](padded, text)[: len(batch)])
         noise = torch.cat(rows)
         if not noise.isfinite().all():
             raise NemoError(f"the predicted noise is not finite: use float32 or bfloat16 instead of {self._dtype}")
@@ -219,27 +219,27 @@ class DetectorRuns:
             self._unconditional[step] = self._noise(step, self._empty, self._latents)
         return self._unconditional[step]
 
-    def _noise_and_attention(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _noise_and_attention(self, text: TextEmbedding) -> tuple[Tensor, Tensor]:
         """ε(x_T, T, e), [S, C, H, W], and p̄ of L cross-attentions, [L, S, T]; [0] if they cannot be observed."""
         if not self._can(MEAN_ENTROPY):
-            return self._noise(self._first, hidden, self._latents), torch.empty(0)
+            return self._noise(self._first, text, self._latents), torch.empty(0)
         with recorded_attention(self._pipe) as recorded:
-            noise = self._noise(self._first, hidden, self._latents, recording=True)
+            noise = self._noise(self._first, text, self._latents, recording=True)
         return noise, torch.stack([torch.cat(recorded[layer]) for layer in self._layers])
 
-    def _alignment(self, hidden: Tensor) -> float:
+    def _alignment(self, text: TextEmbedding) -> float:
         unconditional = self._noise_of_empty(self._late)
-        guidance = self._noise(self._late, hidden, self._latents) - unconditional
+        guidance = self._noise(self._late, text, self._latents) - unconditional
         return functional.cosine_similarity(unconditional, guidance, dim=1).mean().item()
 
-    def _mean_magnitude(self, hidden: Tensor, first: Tensor) -> float:
+    def _mean_magnitude(self, text: TextEmbedding, first: Tensor) -> float:
         """Generate with guidance, without decoding, and average the magnitude; `first` is ε(x_T, T, e)."""
         assert self.guidance is not None
         scheduler, latents = self._scheduler(), self._latents
         magnitudes = []
         for index, timestep in enumerate(scheduler.timesteps):
             step = _Step(self._steps, index)
-            conditional = first if step == self._first and index == 0 else self._noise(step, hidden, latents)
+            conditional = first if step == self._first and index == 0 else self._noise(step, text, latents)
             unconditional = self._noise_of_empty(step) if index == 0 else self._noise(step, self._empty, latents)
             difference = conditional - unconditional
             magnitudes.append(_norms(difference))

@@ -114,7 +114,7 @@ def prompt_activations(
         NemoError: an activation is not finite, or as for `encode_prompts` and `value_layers`.
     """
     stack = ValueStack(value_layers(pipe, layers))
-    return stack.split(stack.activations(encode_prompts(pipe, prompts)))
+    return stack.split(stack.activations(encode_prompts(pipe, prompts).hidden))
 
 
 def accelerated_linears(text_encoder: nn.Module) -> AbstractContextManager[None]:

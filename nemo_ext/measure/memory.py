@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_ext.measure.noise import DEFAULT_BATCH_SIZE, evaluate_zeros
+from nemo_ext.models.family import TextEmbedding
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, is_compiled
 
@@ -76,7 +77,7 @@ def _free_in(folder: Path, limit: str, usage: str, reclaimable: str) -> int | No
     return max(0, most - used + int(counts.get(reclaimable, 0)))
 
 
-def fitting_batch_size(pipe: Any, hidden: Tensor) -> int:
+def fitting_batch_size(pipe: Any, text: TextEmbedding) -> int:
     """The number of latents with which the tensors of one call of the denoiser take a quarter of the free memory.
 
     The denoiser is called with one latent of zeros, and the peak memory of the tensors is measured. With a compiled
@@ -84,7 +85,7 @@ def fitting_batch_size(pipe: Any, hidden: Tensor) -> int:
 
     Args:
         pipe: a pipeline.
-        hidden: any text embedding, [1, T, K].
+        text: the embedding of any text.
 
     Returns:
         The batch size, 1 or more.
@@ -93,7 +94,7 @@ def fitting_batch_size(pipe: Any, hidden: Tensor) -> int:
     if is_compiled(denoiser):
         return DEFAULT_BATCH_SIZE
     with evaluating(pipe), PeakBytes() as made:
-        evaluate_zeros(pipe, hidden, rows=1)
+        evaluate_zeros(pipe, text, rows=1)
     rows: int = int(_SHARE_OF_A_CALL * free_bytes(denoiser.device)) // max(made.peak, 1)
     return max(1, rows)
 

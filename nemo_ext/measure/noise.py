@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from nemo_ext.errors import NemoError
 from nemo_ext.measure.protocol import Protocol
+from nemo_ext.models.family import TextEmbedding
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, is_compiled
 
@@ -45,12 +46,12 @@ def initial_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
 
 def noise_differences(
     pipe: Any,
-    hidden: Tensor,
+    text: TextEmbedding,
     latents: Tensor,
     protocol: Protocol,
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
-    guidance: tuple[float, Tensor] | None = None,
+    guidance: tuple[float, TextEmbedding] | None = None,
 ) -> Tensor:
     """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (docs/method.md, section 3).
 
@@ -58,12 +59,12 @@ def noise_differences(
 
     Args:
         pipe: a pipeline; its scheduler's configuration gives the timestep and says what the denoiser predicts.
-        hidden: the prompt's text embedding, [1, T, K].
+        text: the prompt's embedding.
         latents: x_T, [S, C, H, W].
         protocol: `num_inference_steps` and `step_index` are read.
         batch_size: latents in one call of the denoiser. It changes the result by rounding only. A compiled denoiser
             always gets this many.
-        guidance: (g, embedding of the empty prompt [1, T, K]) for ε(y) + g (ε("") − ε(y)), which evaluates every latent
+        guidance: (g, embedding of the empty prompt) for ε(y) + g (ε("") − ε(y)), which evaluates every latent
             twice; None: no guidance.
 
     Returns:
@@ -81,14 +82,14 @@ def noise_differences(
     # torch.compile would compile again for another number of rows, so the last batch is padded.
     compiled = is_compiled(denoiser)
 
-    def predicted(embedding: Tensor, batch: Tensor) -> Tensor:
+    def predicted(embedding: TextEmbedding, batch: Tensor) -> Tensor:
         padded = functional.pad(batch, (0, 0) * 3 + (0, batch_size - len(batch))) if compiled else batch
         return predict(padded, embedding)[: len(batch)]
 
     differences = []
     with evaluating(pipe):
         for batch in latents.float().to(denoiser.device).split(batch_size):
-            noise = predicted(hidden, batch)
+            noise = predicted(text, batch)
             if guidance is not None:
                 noise = noise + guidance[0] * (predicted(guidance[1], batch) - noise)
             differences.append(noise - batch)
@@ -119,12 +120,12 @@ def scaled(difference: Tensor) -> Tensor:
     return (difference - low) / span
 
 
-def evaluate_zeros(pipe: Any, hidden: Tensor, rows: int) -> None:
+def evaluate_zeros(pipe: Any, text: TextEmbedding, rows: int) -> None:
     """Call the denoiser with latents of zeros, so that the caller can observe the call.
 
     Args:
         pipe: a pipeline, whose denoiser is in evaluation mode.
-        hidden: any text embedding, [1, T, K].
+        text: the embedding of any text.
         rows: the number of latents.
     """
     family = family_of(pipe)
@@ -132,4 +133,4 @@ def evaluate_zeros(pipe: Any, hidden: Tensor, rows: int) -> None:
     paper = Protocol.paper()
     predict = family.noise_predictor(pipe, paper.num_inference_steps, paper.step_index)
     with torch.no_grad():
-        predict(torch.zeros(rows, *family.latent_shape(pipe), device=denoiser.device), hidden)
+        predict(torch.zeros(rows, *family.latent_shape(pipe), device=denoiser.device), text)

@@ -17,6 +17,7 @@ from nemo_ext.measure.noise import initial_latents, noise_differences
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.similarity import similarity as map_similarity
 from nemo_ext.measure.similarity import similarity_scales
+from nemo_ext.models.family import TextEmbedding
 from nemo_ext.models.text import encode_prompts
 from nemo_ext.torch_state import plain_torch
 
@@ -121,26 +122,26 @@ def memorization_score(
         NemoError: there are fewer than two seeds, the latents are smaller than the similarity's window, or as for
             `noise_differences` and `image_score`.
     """
-    hidden = encode_prompts(pipe, [prompt])
+    text = encode_prompts(pipe, [prompt])
     if images:
-        rows = fitting_batch_size(pipe, hidden) if batch_size is None else batch_size
+        rows = fitting_batch_size(pipe, text) if batch_size is None else batch_size
         resolved = (sampling or Sampling()).resolved(pipe)
         return image_score(pipe, prompt, resolved, similarity or PixelSimilarity(), batch_size=rows)
-    return score_of_embedding(pipe, hidden, seeds, protocol or Protocol.paper(), batch_size)
+    return score_of_embedding(pipe, text, seeds, protocol or Protocol.paper(), batch_size)
 
 
 def score_of_embedding(
     pipe: Any,
-    hidden: Tensor,
+    text: TextEmbedding,
     seeds: int,
     protocol: Protocol,
     batch_size: int | None,
-    guidance: tuple[float, Tensor] | None = None,
+    guidance: tuple[float, TextEmbedding] | None = None,
 ) -> MemorizationScore:
-    """Do what `memorization_score` does for a text embedding, [1, T, K], with `guidance` as in `noise_differences`."""
+    """Do what `memorization_score` does for the embedding of a text, with `guidance` as in `noise_differences`."""
     latents = seed_latents(pipe, seeds, protocol)
-    rows = min(seeds, fitting_batch_size(pipe, hidden) if batch_size is None else batch_size)
-    differences = noise_differences(pipe, hidden, latents, protocol, batch_size=rows, guidance=guidance)
+    rows = min(seeds, fitting_batch_size(pipe, text) if batch_size is None else batch_size)
+    differences = noise_differences(pipe, text, latents, protocol, batch_size=rows, guidance=guidance)
     return pairwise_score(differences, protocol)
 
 

@@ -369,7 +369,7 @@ def collect_statistics(
             exit_stack.enter_context(accelerated_linears(encoder))
         for start in range(0, len(texts), batch_size):
             batch = texts[start : start + batch_size]
-            statistics.update(family.encode(pipe, batch).to(stack.weight), stack)
+            statistics.update(family.encode(pipe, batch).hidden.to(stack.weight), stack)
             advance(len(batch))
     statistics.check_finite()
     return statistics

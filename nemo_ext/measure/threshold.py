@@ -212,8 +212,8 @@ def memorization_threshold(
     with open_progress(progress) as bars:
         with bars.task("threshold", len(texts)) as advance:
             for text in texts:
-                hidden = encode_prompts(pipe, [text])
-                scores.append(score_of_embedding(pipe, hidden, seeds, protocol, batch_size, guidance).max)
+                embedding = encode_prompts(pipe, [text])
+                scores.append(score_of_embedding(pipe, embedding, seeds, protocol, batch_size, guidance).max)
                 advance(1)
         if sampling is not None:
             alike = similarity or PixelSimilarity()

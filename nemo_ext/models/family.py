@@ -8,13 +8,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-#: Predicts the noise ε in latents: (latents [B, C, H, W] float32, hidden [1, T, K]) -> ε [B, C, H, W] float32.
-NoisePredictor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True, eq=False)
+class TextEmbedding:
+    """What the denoiser reads of B texts.
+
+    Attributes:
+        hidden: e, the embeddings of all tokens, [B, T, K]; the value layers project them.
+        pooled: one embedding of each whole text, [B, P], which some denoisers read besides; else None.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TextEmbedding:
+        """The embeddings on a device and in a dtype."""
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return TextEmbedding(self.hidden.to(device, dtype), pooled)
+
+
+#: Predicts the noise ε in latents for one text: (latents [B, C, H, W] float32, embedding of a text) -> ε [B, C, H, W]
+#: float32.
+NoisePredictor: TypeAlias = Callable[[Tensor, TextEmbedding], Tensor]
 
 
 class Family(ABC):
@@ -66,8 +88,8 @@ class Family(ABC):
         """The modules that turn text into embeddings, under their names in the pipeline."""
 
     @abstractmethod
-    def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
-        """Text embeddings e of B texts, [B, T, K], on the text encoder's device and in its dtype.
+    def encode(self, pipe: Any, texts: Sequence[str]) -> TextEmbedding:
+        """The embeddings of B texts, on the text encoder's device and in its dtype.
 
         Raises:
             NemoError: the pipeline encodes text in a way that is not supported.

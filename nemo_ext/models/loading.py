@@ -14,7 +14,7 @@ import torch
 
 from nemo_ext.errors import NemoError
 from nemo_ext.models.family import Family
-from nemo_ext.models.registry import FAMILIES
+from nemo_ext.models.registry import FAMILIES, NO_CROSS_ATTENTION
 from nemo_ext.models.text import skip_text_layers
 from nemo_ext.reading import parse_json, refusing
 
@@ -89,6 +89,8 @@ def _family_in(folder: Path) -> Family:
     for family in FAMILIES:
         if kind in family.pipeline_classes:
             return family
+    if isinstance(description, dict) and "transformer" in description:
+        raise NemoError(f"{folder} holds a {kind}: {NO_CROSS_ATTENTION}")
     known = " or ".join(f"a {family.pipeline_classes[0]} folder ({family.name})" for family in FAMILIES)
     raise NemoError(f"{folder} holds a {kind or 'pipeline without a class name'}: give {known}")
 

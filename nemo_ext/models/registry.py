@@ -9,9 +9,16 @@ from torch import nn
 from nemo_ext.errors import NemoError
 from nemo_ext.models.family import Family, unwrapped
 from nemo_ext.models.stable_diffusion import StableDiffusion
+from nemo_ext.models.stable_diffusion_xl import StableDiffusionXL
 
 #: All families. A model belongs to the first one that recognizes it.
-FAMILIES: list[Family] = [StableDiffusion()]
+FAMILIES: list[Family] = [StableDiffusionXL(), StableDiffusion()]
+
+#: Why transformers such as SD3's and FLUX's are not supported (docs/method.md, section 13).
+NO_CROSS_ATTENTION = (
+    "its denoiser is a transformer, in which the text changes in every block together with the image, so no activation "
+    "depends on the text alone; models with a U-Net are supported"
+)
 
 
 def family_of(model: Any) -> Family:
@@ -23,6 +30,9 @@ def family_of(model: Any) -> Family:
     for family in FAMILIES:
         if family.recognizes(model):
             return family
+    denoiser = getattr(model, "transformer", model)
+    if "Transformer" in type(denoiser).__name__:
+        raise NemoError(f"{type(model).__name__}: {NO_CROSS_ATTENTION}")
     raise NemoError(f"wanted a diffusers pipeline with a .unet, or a UNet2DConditionModel, got {type(model).__name__}")
 
 

@@ -6,13 +6,14 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemo_ext.errors import NemoError, warn
-from nemo_ext.models.family import Family, NoisePredictor, unwrapped
+from nemo_ext.models.family import Family, NoisePredictor, TextEmbedding, unwrapped
 
 # The order of the network. `named_modules()` of a U-Net yields the up blocks before the mid block.
 _PARTS = ("down_blocks", "mid_block", "up_blocks")
@@ -23,7 +24,7 @@ _IN_THE_MID_BLOCK = re.compile(r"mid_block\.attentions\.(\d+)\.transformer_block
 
 # What a U-Net can want besides latents, a timestep and a text embedding: its configuration's name for it -> what it is.
 _OTHER_INPUTS = {
-    "addition_embed_type": "added conditioning, as SDXL has it; SD1 and SD2 are supported",
+    "addition_embed_type": "added conditioning of another kind than SDXL's",
     "encoder_hid_dim_type": "embeddings of images or other texts; for an IP-Adapter call pipe.unload_ip_adapter()",
     "class_embed_type": "embeddings of classes",
     "num_class_embeds": "class labels",
@@ -45,14 +46,23 @@ class StableDiffusion(Family):
     """
 
     name = "Stable Diffusion 1.x or 2.x"
-    pipeline_classes = (
+    pipeline_classes: tuple[str, ...] = (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionControlNetPipeline",
         "StableDiffusionInpaintPipeline",
     )
-    components = ("unet", "text_encoder", "vae")
+    components: tuple[str, ...] = ("unet", "text_encoder", "vae")
     searched_layers = "down+mid"
+    #: diffusers' pipelines for text and for inpainting.
+    text_class, inpaint_class = "StableDiffusionPipeline", "StableDiffusionInpaintPipeline"
+    #: What else the pipeline for text consists of, and its other arguments.
+    others: tuple[str, ...] = ("tokenizer", "scheduler")
+    arguments: Mapping[str, Any] = MappingProxyType(
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
+    #: Of `_OTHER_INPUTS`, those that `_other_inputs` serves: the configuration's name for it and its value.
+    served: tuple[str, str] | None = None
 
     def recognizes(self, model: Any) -> bool:
         unet = self.denoiser(model)
@@ -86,7 +96,7 @@ class StableDiffusion(Family):
     def text_encoders(self, pipe: Any) -> Mapping[str, nn.Module]:
         return {"text_encoder": pipe.text_encoder}
 
-    def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
+    def encode(self, pipe: Any, texts: Sequence[str]) -> TextEmbedding:
         """Text embeddings, padded to the number of the text encoder's positions. Longer text is cut, with a warning.
 
         As in the pipeline's own encoding, the name of a textual inversion with several vectors becomes several tokens.
@@ -106,18 +116,18 @@ class StableDiffusion(Family):
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         # `return_tensors` is not used, because transformers would then check every token a second time.
         encoded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)
-        _warn_of_truncation(tokenizer, texts, encoded.attention_mask, length)
+        warn_of_truncation(tokenizer, texts, encoded.attention_mask, length)
         # As in the diffusers pipelines: only a text encoder whose configuration asks for the mask gets it.
         masked = getattr(encoder.config, "use_attention_mask", False)
         hidden: Tensor = encoder(
             torch.tensor(encoded.input_ids, device=encoder.device),
             attention_mask=torch.tensor(encoded.attention_mask, device=encoder.device) if masked else None,
         )[0]
-        return hidden
+        return TextEmbedding(hidden)
 
     def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
         config = pipe.unet.config
-        _check_unet(config)
+        self._check_unet(config)
         size = config.sample_size
         if size is None:
             raise NemoError(
@@ -135,7 +145,7 @@ class StableDiffusion(Family):
         from diffusers import DDIMScheduler
 
         unet, device = pipe.unet, pipe.unet.device
-        _check_unet(unet.config)
+        self._check_unet(unet.config)
         # A scheduler of our own, because `set_timesteps` would change the pipeline's.
         scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         prediction = scheduler.config.prediction_type
@@ -153,12 +163,13 @@ class StableDiffusion(Family):
 
         masked = self._everything_masked(pipe)
 
-        def predict(latents: Tensor, hidden: Tensor) -> Tensor:
-            texts = hidden.to(device, unet.dtype).expand(len(latents), -1, -1).contiguous()
+        def predict(latents: Tensor, text: TextEmbedding) -> Tensor:
+            texts = text.hidden.to(device, unet.dtype).expand(len(latents), -1, -1).contiguous()
             inputs = latents.to(unet.dtype)
             if masked is not None:
                 inputs = torch.cat((inputs, masked.expand(len(latents), -1, -1, -1)), dim=1)
-            output = unet(inputs, timestep, encoder_hidden_states=texts, return_dict=False)[0]
+            others = self._other_inputs(pipe, text, len(latents))
+            output = unet(inputs, timestep, encoder_hidden_states=texts, **others, return_dict=False)[0]
             noise: Tensor = output.float()
             if prediction == "v_prediction":
                 noise = alpha.sqrt() * noise + (1 - alpha).sqrt() * latents
@@ -188,22 +199,18 @@ class StableDiffusion(Family):
         mask = torch.ones(1, 1, height, width, dtype=unet.dtype, device=unet.device)
         return torch.cat((mask, latents.to(mask)), dim=1)
 
+    def _other_inputs(self, pipe: Any, text: TextEmbedding, rows: int) -> dict[str, Any]:
+        """What the U-Net gets besides latents, timestep and the tokens' embeddings."""
+        return {}
+
     def text_to_image(self, pipe: Any) -> Any:
-        from diffusers import StableDiffusionPipeline
+        import diffusers
 
         wants_image = "image" in inspect.signature(type(pipe).__call__).parameters
         if not wants_image or pipe.unet.config.in_channels != pipe.unet.config.out_channels:
             return pipe
-        return StableDiffusionPipeline(
-            vae=pipe.vae,
-            text_encoder=pipe.text_encoder,
-            tokenizer=pipe.tokenizer,
-            unet=pipe.unet,
-            scheduler=pipe.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        parts = {name: getattr(pipe, name) for name in (*self.components, *self.others)}
+        return getattr(diffusers, self.text_class)(**parts, **self.arguments)
 
     def generation_arguments(self, pipe: Any) -> Mapping[str, Any]:
         """For a pipeline for inpainting, an image and a mask over all of it."""
@@ -222,58 +229,50 @@ class StableDiffusion(Family):
         }
 
     def load(self, folder: Path, variant: str | None, size: tuple[int, int] | None) -> Any:
-        from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+        import diffusers
 
-        kind = StableDiffusionPipeline.load_config(folder, local_files_only=True)["_class_name"]
-        inpaints = kind == StableDiffusionInpaintPipeline.__name__
-        made = StableDiffusionInpaintPipeline if inpaints else StableDiffusionPipeline
-        given = {}
+        saved = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)["_class_name"]
+        made = getattr(diffusers, self.inpaint_class if saved == self.inpaint_class else self.text_class)
+        given = {"local_files_only": True, "use_safetensors": True, "variant": variant}
+        parts: dict[str, Any] = {"safety_checker": None} if "safety_checker" in self.arguments else {}
         if size is not None:
-            given["unet"] = UNet2DConditionModel.from_pretrained(
-                folder,
-                subfolder="unet",
-                local_files_only=True,
-                use_safetensors=True,
-                variant=variant,
-                sample_size=size,
+            parts["unet"] = diffusers.UNet2DConditionModel.from_pretrained(
+                folder, subfolder="unet", sample_size=size, **given
             )
-        pipe = made.from_pretrained(
-            folder,
-            **given,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=variant,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        parts |= {"requires_safety_checker": False} if "safety_checker" in parts else {}
+        pipe = made.from_pretrained(folder, **parts, **given)
         # A tokenizer that was saved without a length would stop the pipeline's own encoding.
-        positions = pipe.text_encoder.config.max_position_embeddings
-        pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, positions)
+        for tokenizer, encoder in self._tokenizers(pipe):
+            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         return pipe
 
+    def _tokenizers(self, pipe: Any) -> list[tuple[Any, Any]]:
+        """Each tokenizer with its text encoder."""
+        return [(pipe.tokenizer, pipe.text_encoder)]
 
-def _check_unet(config: Any) -> None:
-    """Refuse a U-Net that needs more than latents, a timestep and a text embedding.
+    def _check_unet(self, config: Any) -> None:
+        """Refuse a U-Net that needs more than latents, a timestep and a text embedding.
 
-    Raises:
-        NemoError: it does; the message names what it needs.
-    """
-    if config.in_channels not in (config.out_channels, 2 * config.out_channels + 1):
-        raise NemoError(
-            f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a model for "
-            "text-to-image or for inpainting"
-        )
-    for name, what in _OTHER_INPUTS.items():
-        value = getattr(config, name, None)
-        if value is not None:
+        Raises:
+            NemoError: it does; the message names what it needs.
+        """
+        if config.in_channels not in (config.out_channels, 2 * config.out_channels + 1):
             raise NemoError(
-                f"the U-Net wants more than latents, a timestep and a text embedding: {what} ({name} is {value!r})"
+                f"the U-Net takes {config.in_channels} channels and predicts {config.out_channels}: wanted a model for "
+                "text-to-image or for inpainting"
             )
+        for name, what in _OTHER_INPUTS.items():
+            value = getattr(config, name, None)
+            if value is not None and (name, value) != self.served:
+                raise NemoError(
+                    f"the U-Net wants more than latents, a timestep and a text embedding: {what} ({name} is {value!r})"
+                )
 
 
-def _warn_of_truncation(
+def warn_of_truncation(
     tokenizer: Any, texts: Sequence[str], attention_mask: Sequence[Sequence[int]], length: int
 ) -> None:
+    """Warn of texts that are cut to `length` tokens; `attention_mask` is that of the cut texts, [B, T]."""
     # Only a row without padding can have been cut, so that most prompts are tokenized only once.
     full = [text for text, tokens in zip(texts, attention_mask, strict=True) if all(tokens)]
     cut = [text for text in full if len(tokenizer(text).input_ids) > length]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from nemo_ext.errors import NemoError
+from nemo_ext.models.family import TextEmbedding
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating
 
@@ -38,11 +37,13 @@ def skip_text_layers(pipe: Any, count: int) -> None:
         count: the number of layers, 0 or more.
 
     Raises:
-        NemoError: a text encoder has no list of layers, or not more than `count` of them.
+        NemoError: there are several text encoders, or one has no list of layers, or not more than `count` of them.
     """
     if count == 0:
         return
     encoders = family_of(pipe).text_encoders(pipe)
+    if len(encoders) > 1:
+        raise NemoError("clip_skip is for models with one text encoder, because a pooled embedding needs all layers")
     for name, module in encoders.items():
         # The layers of a CLIP text encoder have had two places in transformers.
         layers = getattr(getattr(getattr(module, "text_model", module), "encoder", None), "layers", None)
@@ -58,15 +59,15 @@ def skip_text_layers(pipe: Any, count: int) -> None:
         encoder.config.num_hidden_layers = len(encoder.encoder.layers)
 
 
-def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings e of prompts, as the denoiser reads them.
+def encode_prompts(pipe: Any, prompts: Sequence[str]) -> TextEmbedding:
+    """The embeddings of prompts, as the denoiser reads them.
 
     Args:
         pipe: a pipeline.
         prompts: B texts. A text that is too long for the text encoder is cut, with a warning.
 
     Returns:
-        [B, T, K] in the denoiser's dtype and on its device, without gradients.
+        The embeddings of B texts in the denoiser's dtype and on its device, without gradients.
 
     Raises:
         NemoError: there are no prompts, a prompt is not text, or the pipeline has several text encoders.
@@ -76,7 +77,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> Tensor:
         raise NemoError("prompts must have at least one text, got none")
     family = family_of(pipe)
     with evaluating(pipe):
-        hidden = family.encode(pipe, texts)
+        embedding = family.encode(pipe, texts)
     # A pipeline that was loaded without a dtype can have a text encoder in half precision and a denoiser in float32.
     denoiser: Any = family.denoiser(pipe)
-    return hidden.to(denoiser.device, denoiser.dtype)
+    return embedding.to(denoiser.device, denoiser.dtype)

@@ -23,6 +23,7 @@ from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.similarity import similarity_scales
 from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.measure.threshold import Threshold
+from nemo_ext.models.family import TextEmbedding
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, is_compiled, model_fingerprint
@@ -159,8 +160,8 @@ class Localizer:
         started = time.perf_counter()
         keep_freed_memory()
         with patch_handle(self.pipe) as handle:
-            hidden = encode_prompts(self.pipe, [prompt])
-            probe = self._probe(handle, hidden)
+            text = encode_prompts(self.pipe, [prompt])
+            probe = self._probe(handle, text)
             with bars.task("score", self.seeds) as advance:
                 score = probe.score().max
                 advance(self.seeds)
@@ -169,7 +170,7 @@ class Localizer:
             if not kept_seeds and images is not None and max(images.before()) > self._memorized_images:
                 kept_seeds = probe.keep_above(-math.inf)  # the first step has missed this prompt
             outcome, verdict = Outcome(), None
-            search, task = SEARCHES[self.search], self._task(probe, hidden, bars)
+            search, task = SEARCHES[self.search], self._task(probe, text, bars)
             if images is not None and self.verify is not None:
                 with bars.task("images") as advance:
                     verifier = Verifier(
@@ -237,12 +238,12 @@ class Localizer:
             return {}
         return {prompt: self.verify.similarity.describe(images) for prompt, images in self.verify.originals.items()}
 
-    def _probe(self, handle: PatchHandle, hidden: Tensor) -> NoiseProbe:
-        entry_points, batch_size = self._observe(hidden)
+    def _probe(self, handle: PatchHandle, text: TextEmbedding) -> NoiseProbe:
+        entry_points, batch_size = self._observe(text)
         runs = Runs(
             self.pipe,
             handle,
-            hidden,
+            text,
             seeds=self.seeds,
             protocol=self.protocol,
             batch_size=batch_size,
@@ -250,10 +251,10 @@ class Localizer:
         )
         return NoiseProbe(runs)
 
-    def _task(self, probe: NoiseProbe, hidden: Tensor, bars: Progress) -> Task:
+    def _task(self, probe: NoiseProbe, text: TextEmbedding, bars: Progress) -> Task:
         def activations() -> Mapping[str, Tensor]:
             stack = ValueStack(value_layers(self.pipe, self.layers))
-            return {layer: values[0] for layer, values in stack.split(stack.activations(hidden)).items()}
+            return {layer: values[0] for layer, values in stack.split(stack.activations(text.hidden)).items()}
 
         return Task(
             probe=probe,
@@ -265,7 +266,7 @@ class Localizer:
             bars=bars,
         )
 
-    def _observe(self, hidden: Tensor) -> tuple[EntryPoints | None, int]:
+    def _observe(self, text: TextEmbedding) -> tuple[EntryPoints | None, int]:
         """The denoiser's entry points and the batch size; computed once per denoiser, unless it is compiled."""
         family = family_of(self.pipe)
         denoiser = family.denoiser(self.pipe)
@@ -273,9 +274,9 @@ class Localizer:
         known = self._observed
         # A denoiser can be compiled in place after it was observed.
         if known is None or known[0] is not denoiser or is_compiled(denoiser):
-            batch_size = fitting_batch_size(self.pipe, hidden) if self.batch_size is None else self.batch_size
+            batch_size = fitting_batch_size(self.pipe, text) if self.batch_size is None else self.batch_size
             with evaluating(self.pipe):
-                found = EntryPoints.of(denoiser, self.layers, lambda rows: evaluate_zeros(self.pipe, hidden, rows))
+                found = EntryPoints.of(denoiser, self.layers, lambda rows: evaluate_zeros(self.pipe, text, rows))
             self._observed = known = denoiser, found, batch_size
         return known[1:]
 

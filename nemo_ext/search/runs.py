@@ -12,6 +12,7 @@ from nemo_ext.measure.memory import fitting_batch_size, free_bytes
 from nemo_ext.measure.noise import noise_differences
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import seed_latents
+from nemo_ext.models.family import TextEmbedding
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import is_compiled
 from nemo_ext.neurons import NeuronSet
@@ -53,7 +54,7 @@ class Runs:
     Args:
         pipe: a pipeline.
         handle: the handle of its patch, with no neuron off. After every method no neuron is off.
-        hidden: the prompt's text embedding, [1, T, K].
+        text: the prompt's embedding.
         seeds: S ≥ 2.
         protocol: how to measure.
         batch_size: latents in one call of the denoiser, at most `seeds`. None: as many as memory allows
@@ -75,7 +76,7 @@ class Runs:
         self,
         pipe: Any,
         handle: PatchHandle,
-        hidden: Tensor,
+        text: TextEmbedding,
         *,
         seeds: int,
         protocol: Protocol,
@@ -84,13 +85,13 @@ class Runs:
     ) -> None:
         self.protocol = protocol
         self.latents = seed_latents(pipe, seeds, protocol)
-        self.batch_size = min(seeds, fitting_batch_size(pipe, hidden) if batch_size is None else batch_size)
+        self.batch_size = min(seeds, fitting_batch_size(pipe, text) if batch_size is None else batch_size)
         self.samples = 0.0
         denoiser: Any = family_of(pipe).denoiser(pipe)
         self.compiled = is_compiled(denoiser)
         self._pipe = pipe
         self._handle = handle
-        self._hidden = hidden
+        self._text = text
         self._untouched: Tensor | None = None
         memory = min(CACHE_BYTES, int(CACHE_SHARE * free_bytes(denoiser.device)))
         self._cache = CachedRows(entry_points, seeds, memory)
@@ -140,8 +141,6 @@ class Runs:
         rows = self.batch_size if self.compiled else len(trials)
         seeds = [trial.seed for trial in trials]
         with self._cache.entering(start, entering) as recorded:
-            differences = noise_differences(
-                self._pipe, self._hidden, self.latents[seeds], self.protocol, batch_size=rows
-            )
+            differences = noise_differences(self._pipe, self._text, self.latents[seeds], self.protocol, batch_size=rows)
         self.samples += rows * self._cache.share(start)
         return [Run(*parts) for parts in zip(trials, differences.split(1), recorded, strict=True)]

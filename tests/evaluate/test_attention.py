@@ -28,7 +28,7 @@ def call(pipe: StableDiffusionPipeline, prompt: str = "a cat") -> Tensor:
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         noise: Tensor = pipe.unet(
-            latents, 981, encoder_hidden_states=encode_prompts(pipe, [prompt]).repeat(2, 1, 1)
+            latents, 981, encoder_hidden_states=encode_prompts(pipe, [prompt]).hidden.repeat(2, 1, 1)
         ).sample
     return noise
 
@@ -105,7 +105,7 @@ def test_each_call_is_recorded(pipe: StableDiffusionPipeline) -> None:
 def test_masked_attention_is_not_recorded(pipe: StableDiffusionPipeline) -> None:
     name = cross_attention_names(pipe)[0]
     attention = pipe.unet.get_submodule(name)
-    sheet, text = torch.zeros(1, 9, 16), encode_prompts(pipe, ["a cat"])
+    sheet, text = torch.zeros(1, 9, 16), encode_prompts(pipe, ["a cat"]).hidden
     with torch.no_grad(), recorded_attention(pipe) as recorded:
         attention(sheet, encoder_hidden_states=text, attention_mask=torch.zeros(1, 1, 32))
         assert not recorded

@@ -77,7 +77,7 @@ def start() -> Tensor:
 
 def predicted(pipe: StableDiffusionPipeline, timestep: int, prompt: str) -> list[Tensor]:
     """The U-Net's output of each seed, one call after another."""
-    hidden = encode_prompts(pipe, [prompt])
+    hidden = encode_prompts(pipe, [prompt]).hidden
     with torch.no_grad():
         return [pipe.unet(x, timestep, encoder_hidden_states=hidden).sample[0] for x in start().split(1)]
 

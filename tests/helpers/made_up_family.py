@@ -19,7 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from nemo_ext.models.family import Family, NoisePredictor
+from nemo_ext.models.family import Family, NoisePredictor, TextEmbedding
 from nemo_ext.neurons import NeuronSet
 
 SIZE, INKS, LETTERS, FEATURES, WIDTH = 16, 3, 12, 8, 6
@@ -87,7 +87,7 @@ class SignPipeline(DiffusionPipeline):
         generator: list[torch.Generator],
         output_type: str,
     ) -> Any:
-        text = Signs().encode(self, prompts)
+        text = Signs().encode(self, prompts).hidden
         latents = torch.cat([torch.randn(1, INKS, SIZE, SIZE, generator=each) for each in generator])
         self.scheduler.set_timesteps(num_inference_steps)
         with torch.no_grad():
@@ -143,17 +143,17 @@ class Signs(Family):
     def text_encoders(self, pipe: Any) -> Mapping[str, nn.Module]:
         return {"clerk": pipe.clerk}
 
-    def encode(self, pipe: Any, texts: Sequence[str]) -> Tensor:
+    def encode(self, pipe: Any, texts: Sequence[str]) -> TextEmbedding:
         codes = [[ord(letter) for letter in text[:LETTERS].ljust(LETTERS)] for text in texts]
         with torch.no_grad():
-            return pipe.clerk(torch.tensor(codes))
+            return TextEmbedding(pipe.clerk(torch.tensor(codes)))
 
     def latent_shape(self, pipe: Any) -> tuple[int, int, int]:
         return INKS, SIZE, SIZE
 
     def noise_predictor(self, pipe: Any, num_inference_steps: int, step_index: int) -> NoisePredictor:
         step = torch.tensor(num_inference_steps - step_index)
-        return lambda latents, hidden: pipe.painter(latents, step, hidden.expand(len(latents), -1, -1))
+        return lambda latents, text: pipe.painter(latents, step, text.hidden.expand(len(latents), -1, -1))
 
     def sampling_scheduler(self, pipe: Any) -> Any:
         return DDIMScheduler.from_config(pipe.scheduler.config)

@@ -9,7 +9,7 @@ from nemo_ext.search.partial_unet import EntryPoints
 
 def find_entry_points(planted: Planted, layers: list[str]) -> EntryPoints:
     """Where the planted pipeline's U-Net can be entered."""
-    hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
-    found = EntryPoints.of(planted.pipe.unet, layers, lambda rows: evaluate_zeros(planted.pipe, hidden, rows))
+    text = encode_prompts(planted.pipe, [planted.memorized_prompt])
+    found = EntryPoints.of(planted.pipe.unet, layers, lambda rows: evaluate_zeros(planted.pipe, text, rows))
     assert found is not None
     return found

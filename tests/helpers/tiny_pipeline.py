@@ -7,11 +7,18 @@ Both are `StableDiffusionPipeline`s of diffusers' and transformers' own classes,
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from nemo_ext.neurons import NeuronSet
 
@@ -56,26 +63,8 @@ def tiny_pipeline(seed: int = 0, *, text_in_up_blocks: bool = False, in_channels
             attention_head_dim=2,
             norm_num_groups=4,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=TEXT_WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        vae = _tiny_autoencoder()
+        text_encoder = CLIPTextModel(_text_config(tokenizer))
     pipe = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -95,6 +84,80 @@ def tiny_pipeline(seed: int = 0, *, text_in_up_blocks: bool = False, in_channels
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_xl_pipeline(seed: int = 0, *, in_channels: int = 4) -> StableDiffusionXLPipeline:
+    """A pipeline with Stable Diffusion XL's topology and random weights.
+
+    Text enters in the second and third blocks, with two and three transformer blocks for each attention; there are two
+    text encoders, and added conditioning.
+    """
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            in_channels=in_channels,
+            block_out_channels=(16, 16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 3),
+            use_linear_projection=True,
+            cross_attention_dim=2 * TEXT_WIDTH,
+            attention_head_dim=(2, 2, 4),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+            norm_num_groups=4,
+        )
+        vae = _tiny_autoencoder()
+        first, second = (
+            kind(_text_config(tokenizer, projection_dim=TEXT_WIDTH))
+            for kind in (CLIPTextModel, CLIPTextModelWithProjection)
+        )
+    pipe = StableDiffusionXLPipeline(
+        vae=vae.eval(),
+        text_encoder=first.eval(),
+        text_encoder_2=second.eval(),
+        tokenizer=tokenizer,
+        tokenizer_2=tiny_tokenizer(),
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _tiny_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+
+
+def _text_config(tokenizer: CLIPTokenizer, **more: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
 
 
 @dataclass(frozen=True)

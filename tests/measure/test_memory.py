@@ -16,8 +16,9 @@ from tiny_pipeline import TEXT_WIDTH, tiny_pipeline
 from nemo_ext.measure import memory
 from nemo_ext.measure.memory import PeakBytes, fitting_batch_size, free_bytes, free_in_containers
 from nemo_ext.measure.noise import DEFAULT_BATCH_SIZE, evaluate_zeros
+from nemo_ext.models.family import TextEmbedding
 
-HIDDEN = torch.zeros(1, 5, TEXT_WIDTH)
+TEXT = TextEmbedding(torch.zeros(1, 5, TEXT_WIDTH))
 FLOATS = 1000
 
 
@@ -97,7 +98,7 @@ class TestPeakBytes:
         peaks = []
         for rows in (1, 2, 4):
             with PeakBytes() as made:
-                evaluate_zeros(pipe, HIDDEN, rows)
+                evaluate_zeros(pipe, TEXT, rows)
             peaks.append(made.peak)
         assert peaks[1] == pytest.approx(2 * peaks[0], rel=0.05)
         assert peaks[2] == pytest.approx(4 * peaks[0], rel=0.05)
@@ -156,15 +157,15 @@ def test_rows_fit_into_a_quarter_of_what_is_free_and_one_always_does(
     pipe: StableDiffusionPipeline, rows: float, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with PeakBytes() as made:
-        evaluate_zeros(pipe, HIDDEN, 1)
+        evaluate_zeros(pipe, TEXT, 1)
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(4 * rows * made.peak))
-    assert fitting_batch_size(pipe, HIDDEN) == wanted
+    assert fitting_batch_size(pipe, TEXT) == wanted
 
 
 def test_of_a_compiled_denoiser_the_batch_is_ten() -> None:
     pipe = tiny_pipeline()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    assert fitting_batch_size(pipe, HIDDEN) == DEFAULT_BATCH_SIZE == 10
+    assert fitting_batch_size(pipe, TEXT) == DEFAULT_BATCH_SIZE == 10
 
 
 def test_free_on_the_cpu_is_what_the_system_has_available(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,40 +58,40 @@ class TestNoiseDifferences:
     def test_are_predicted_noise_minus_latents_scaled(
         self, pipe: StableDiffusionPipeline, protocol: Protocol, timestep: int
     ) -> None:
-        hidden = encode_prompts(pipe, ["a cat"])
+        text = encode_prompts(pipe, ["a cat"])
         latents = initial_latents(pipe, 3, protocol)
         with torch.no_grad():
-            noise = pipe.unet(latents, timestep, encoder_hidden_states=hidden.repeat(3, 1, 1)).sample
+            noise = pipe.unet(latents, timestep, encoder_hidden_states=text.hidden.repeat(3, 1, 1)).sample
         expected = scaled_by_hand(noise - latents)
-        torch.testing.assert_close(noise_differences(pipe, hidden, latents, protocol), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(noise_differences(pipe, text, latents, protocol), expected, rtol=1e-5, atol=1e-5)
 
     def test_v_prediction_is_converted_to_noise(self) -> None:
         """Salimans and Ho: v = √ᾱ ε − √(1−ᾱ) x₀ and x = √ᾱ x₀ + √(1−ᾱ) ε, so ε = √ᾱ v + √(1−ᾱ) x."""
         pipe = tiny_pipeline()
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
-        hidden, latents = encode_prompts(pipe, ["a cat"]), initial_latents(pipe, 2, PAPER)
+        text, latents = encode_prompts(pipe, ["a cat"]), initial_latents(pipe, 2, PAPER)
         with torch.no_grad():
-            v = pipe.unet(latents, 981, encoder_hidden_states=hidden.repeat(2, 1, 1)).sample
+            v = pipe.unet(latents, 981, encoder_hidden_states=text.hidden.repeat(2, 1, 1)).sample
         alpha = pipe.scheduler.alphas_cumprod[981]
         expected = scaled_by_hand(alpha.sqrt() * v + (1 - alpha).sqrt() * latents - latents)
-        torch.testing.assert_close(noise_differences(pipe, hidden, latents, PAPER), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(noise_differences(pipe, text, latents, PAPER), expected, rtol=1e-4, atol=1e-4)
 
     def test_batch_size_changes_rounding_only(self, pipe: StableDiffusionPipeline) -> None:
-        hidden, latents = encode_prompts(pipe, ["a cat"]), initial_latents(pipe, 5, PAPER)
-        whole = noise_differences(pipe, hidden, latents, PAPER, batch_size=5)
+        text, latents = encode_prompts(pipe, ["a cat"]), initial_latents(pipe, 5, PAPER)
+        whole = noise_differences(pipe, text, latents, PAPER, batch_size=5)
         for batch_size in (1, 2):
-            parts = noise_differences(pipe, hidden, latents, PAPER, batch_size=batch_size)
+            parts = noise_differences(pipe, text, latents, PAPER, batch_size=batch_size)
             torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
     def test_guidance_goes_towards_the_empty_prompt(self, pipe: StableDiffusionPipeline) -> None:
         """The published threshold script's formula, with its halves swapped: ε(y) + g (ε("") − ε(y))."""
-        hidden, empty = encode_prompts(pipe, ["a cat"]), encode_prompts(pipe, [""])
+        text, empty = encode_prompts(pipe, ["a cat"]), encode_prompts(pipe, [""])
         latents = initial_latents(pipe, 2, PUBLISHED)
         with torch.no_grad():
-            conditional = pipe.unet(latents, 961, encoder_hidden_states=hidden.repeat(2, 1, 1)).sample
-            unconditional = pipe.unet(latents, 961, encoder_hidden_states=empty.repeat(2, 1, 1)).sample
+            conditional = pipe.unet(latents, 961, encoder_hidden_states=text.hidden.repeat(2, 1, 1)).sample
+            unconditional = pipe.unet(latents, 961, encoder_hidden_states=empty.hidden.repeat(2, 1, 1)).sample
         expected = scaled_by_hand(conditional + 7 * (unconditional - conditional) - latents)
-        guided = noise_differences(pipe, hidden, latents, PUBLISHED, guidance=(7.0, empty))
+        guided = noise_differences(pipe, text, latents, PUBLISHED, guidance=(7.0, empty))
         torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("constant", [slice(None), slice(2, 3)])
@@ -112,10 +112,10 @@ class TestNoiseDifferences:
             rescale_betas_zero_snr=True,
             timestep_spacing="trailing",
         )
-        hidden, latents = encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER)
+        text, latents = encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER)
         with pytest.raises(NemoError, match=r"step 0 of 50 .* noise alone .* Protocol\(step_index=1\)"):
-            noise_differences(pipe, hidden, latents, PAPER)
-        noise_differences(pipe, hidden, latents, replace(PAPER, step_index=1))
+            noise_differences(pipe, text, latents, PAPER)
+        noise_differences(pipe, text, latents, replace(PAPER, step_index=1))
 
     def test_leave_no_trace(self) -> None:
         pipe = tiny_pipeline()
@@ -142,7 +142,7 @@ class TestNoiseDifferences:
     @pytest.mark.parametrize(
         ("name", "value", "said"),
         [
-            ("addition_embed_type", "text_time", "added conditioning, as SDXL has it"),
+            ("addition_embed_type", "image", "added conditioning of another kind than SDXL's"),
             ("encoder_hid_dim_type", "ip_image_proj", r"for an IP-Adapter call pipe.unload_ip_adapter\(\)"),
             ("class_embed_type", "timestep", "embeddings of classes"),
             ("num_class_embeds", 10, "class labels"),
@@ -151,10 +151,10 @@ class TestNoiseDifferences:
     )
     def test_unets_that_want_more_than_text_are_refused(self, name: str, value: object, said: str) -> None:
         pipe = tiny_pipeline()
-        hidden, latents = encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER)
+        text, latents = encode_prompts(pipe, ["a"]), initial_latents(pipe, 2, PAPER)
         pipe.unet.register_to_config(**{name: value})
         with pytest.raises(NemoError, match=rf"{said}.* \({name} is {value!r}\)"):
-            noise_differences(pipe, hidden, latents, PAPER)
+            noise_differences(pipe, text, latents, PAPER)
 
     def test_a_loaded_ip_adapter_is_refused_and_unloaded_it_is_not(self) -> None:
         pipe = tiny_pipeline()

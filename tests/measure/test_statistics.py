@@ -40,7 +40,7 @@ def activations_by_hand(pipe: StableDiffusionPipeline, layer: str) -> numpy.ndar
     weight = pipe.unet.get_submodule(layer).weight.detach().double().numpy()
     rows = []
     for prompt in PROMPTS:
-        hidden = encode_prompts(pipe, [prompt])[0].double().numpy()
+        hidden = encode_prompts(pipe, [prompt]).hidden[0].double().numpy()
         rows.append(numpy.abs(hidden @ weight.T).mean(axis=0))
     return numpy.stack(rows)
 
@@ -181,7 +181,7 @@ class TestOwnLinears:
 
     def test_padding_has_its_part_in_every_activation(self, pipe: StableDiffusionPipeline) -> None:
         """So encoding the words alone, which are a fraction of the tokens, would give other statistics."""
-        one, other = encode_prompts(pipe, ["red cat", "red dog"])
+        one, other = encode_prompts(pipe, ["red cat", "red dog"]).hidden
         words = pipe.tokenizer("red cat", return_tensors="pt").input_ids.shape[1]
         assert words < TOKENS
         assert not torch.allclose(one[words:], other[words:], rtol=1e-3)
@@ -320,7 +320,7 @@ class TestFiles:
     ) -> None:
         collect_statistics(pipe, PROMPTS[:4]).save(tmp_path / "a")
         loaded = ActivationStatistics.load(tmp_path / "a")
-        loaded.update(encode_prompts(pipe, PROMPTS[4:]), ValueStack(value_layers(pipe)))
+        loaded.update(encode_prompts(pipe, PROMPTS[4:]).hidden, ValueStack(value_layers(pipe)))
         assert_same(loaded, statistics)
 
     def test_other_files_are_refused(self, tmp_path: Path) -> None:
@@ -358,12 +358,12 @@ class TestEncodePrompts:
     def test_texts_come_in_the_unets_dtype_whatever_the_text_encoders(self) -> None:
         mixed = tiny_pipeline()
         mixed.text_encoder.half()
-        assert encode_prompts(mixed, PROMPTS).dtype == mixed.unet.dtype == torch.float32
+        assert encode_prompts(mixed, PROMPTS).hidden.dtype == mixed.unet.dtype == torch.float32
         assert collect_statistics(mixed, PROMPTS).count == len(PROMPTS)
 
     def test_gives_what_the_pipeline_itself_would_use(self, pipe: StableDiffusionPipeline) -> None:
         expected, _ = pipe.encode_prompt(list(PROMPTS), "cpu", 1, do_classifier_free_guidance=False)
-        hidden = encode_prompts(pipe, PROMPTS)
+        hidden = encode_prompts(pipe, PROMPTS).hidden
         assert hidden.shape == (len(PROMPTS), TOKENS, TEXT_WIDTH)
         assert torch.equal(hidden, expected)
         assert not hidden.requires_grad

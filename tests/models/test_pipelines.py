@@ -13,9 +13,12 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
 )
 from PIL import Image
-from tiny_pipeline import DOWN_AND_MID, tiny_pipeline
+from tiny_pipeline import DOWN_AND_MID, tiny_pipeline, tiny_xl_pipeline
 
 import nemo_ext
 from nemo_ext.cli import main
@@ -36,6 +39,11 @@ def _of(pipe: StableDiffusionPipeline, kind: type[DiffusionPipeline], **more: ob
     return made
 
 
+def _models(pipe: StableDiffusionXLPipeline) -> dict[str, object]:
+    more = {"image_encoder", "feature_extractor"}
+    return {**{name: part for name, part in pipe.components.items() if name not in more}, "add_watermarker": False}
+
+
 def _controlnet() -> DiffusionPipeline:
     pipe = tiny_pipeline()
     return _of(pipe, StableDiffusionControlNetPipeline, controlnet=ControlNetModel.from_unet(pipe.unet))
@@ -47,9 +55,12 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "ControlNet": _controlnet,
     "inpainting": lambda: _of(tiny_pipeline(in_channels=9), StableDiffusionInpaintPipeline),
     "inpainting with a U-Net for text": lambda: _of(tiny_pipeline(), StableDiffusionInpaintPipeline),
+    "SDXL": tiny_xl_pipeline,
+    "SDXL, image to image": lambda: StableDiffusionXLImg2ImgPipeline(**_models(tiny_xl_pipeline())),
+    "SDXL, inpainting": lambda: StableDiffusionXLInpaintPipeline(**_models(tiny_xl_pipeline(in_channels=9))),
 }
 #: Those that measure the U-Net of `tiny_pipeline()` with its text alone.
-SAME_UNET = [name for name in PIPELINES if name != "inpainting"]
+SAME_UNET = [name for name in PIPELINES if "XL" not in name and name != "inpainting"]
 
 
 @pytest.fixture(params=list(PIPELINES))

@@ -32,7 +32,7 @@ class TestTextualInversion:
     @pytest.mark.parametrize("vectors", [1, 3])
     def test_its_name_stands_for_all_of_its_vectors(self, pipe: StableDiffusionPipeline, vectors: int) -> None:
         pipe.load_textual_inversion({"<toy>": torch.randn(vectors, pipe.text_encoder.config.hidden_size)})
-        assert torch.equal(encode_prompts(pipe, ["a <toy>"]), theirs(pipe, "a <toy>"))
+        assert torch.equal(encode_prompts(pipe, ["a <toy>"]).hidden, theirs(pipe, "a <toy>"))
 
     def test_its_name_and_its_tokens_written_out_have_one_score_and_one_activation(
         self, pipe: StableDiffusionPipeline
@@ -47,9 +47,9 @@ class TestTextualInversion:
 
 class TestTokenizerWithoutALength:
     def test_is_as_long_as_the_text_encoder_has_positions(self, pipe: StableDiffusionPipeline) -> None:
-        wanted = encode_prompts(pipe, ["a cat"])
+        wanted = encode_prompts(pipe, ["a cat"]).hidden
         pipe.tokenizer.model_max_length = int(1e30)
-        assert torch.equal(encode_prompts(pipe, ["a cat"]), wanted)
+        assert torch.equal(encode_prompts(pipe, ["a cat"]).hidden, wanted)
         with pytest.warns(UserWarning, match=f"cut to {TOKENS} tokens"):
             encode_prompts(pipe, ["a" * (2 * TOKENS)])
 
@@ -69,8 +69,8 @@ class TestClipSkip:
         wanted = theirs(pipe, "a cat", clip_skip=1)
         pipe.save_pretrained(tmp_path)
         loaded = load_pipeline(tmp_path, clip_skip=1)
-        assert torch.allclose(encode_prompts(loaded, ["a cat"]), wanted, atol=1e-6)
-        assert not torch.allclose(encode_prompts(pipe, ["a cat"]), wanted, atol=1e-3)
+        assert torch.allclose(encode_prompts(loaded, ["a cat"]).hidden, wanted, atol=1e-6)
+        assert not torch.allclose(encode_prompts(pipe, ["a cat"]).hidden, wanted, atol=1e-3)
 
     def test_is_part_of_what_the_fingerprint_is_of(self, pipe: StableDiffusionPipeline) -> None:
         before = model_fingerprint(pipe)

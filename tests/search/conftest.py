@@ -29,14 +29,14 @@ def handle(planted: Planted) -> Iterator[PatchHandle]:
 @pytest.fixture
 def make_runs(planted: Planted, handle: PatchHandle) -> MakeRuns:
     """Makes the runs of the memorized prompt: `make_runs(seeds=…, layers=…)`, where `layers` are entry points."""
-    hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+    text = encode_prompts(planted.pipe, [planted.memorized_prompt])
 
     def make(seeds: int = 3, layers: list[str] | None = None, batch_size: int | None = None) -> Runs:
         entry_points = None if layers is None else find_entry_points(planted, layers)
         return Runs(
             planted.pipe,
             handle,
-            hidden,
+            text,
             seeds=seeds,
             protocol=Protocol.paper(),
             batch_size=batch_size,

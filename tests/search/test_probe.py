@@ -52,10 +52,10 @@ class TestRemaining:
     def test_is_the_highest_similarity_to_the_untouched_model(self, planted: Planted, make_runs: MakeRuns) -> None:
         some = NeuronSet({MID: [31], FIRST: [7]})
         probe = NoiseProbe(make_runs())
-        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+        text = encode_prompts(planted.pipe, [planted.memorized_prompt])
         remaining = probe.remaining(some)
         with patched(planted.pipe, some):
-            blocked = noise_differences(planted.pipe, hidden, probe.runs.latents, PAPER)
+            blocked = noise_differences(planted.pipe, text, probe.runs.latents, PAPER)
         assert remaining == pytest.approx(similarity(probe.runs.untouched(), blocked, PAPER).max().item(), abs=1e-6)
 
     def test_is_low_with_the_planted_neurons_off_and_high_with_others(

@@ -32,11 +32,11 @@ class TestDifferences:
     def test_are_those_of_a_pipeline_with_these_neurons_off(self, planted: Planted, make_runs: MakeRuns) -> None:
         runs = make_runs()
         trials = [Trial(0, NeuronSet({MID: [31], FIRST: [7]})), Trial(2, planted.neurons), Trial(1, NeuronSet())]
-        hidden = encode_prompts(planted.pipe, [planted.memorized_prompt])
+        text = encode_prompts(planted.pipe, [planted.memorized_prompt])
         for run, trial in zip(runs.of(trials), trials, strict=True):
             assert run.trial == trial
             with patched(planted.pipe, trial.neurons):
-                expected = noise_differences(planted.pipe, hidden, runs.latents[[trial.seed]], PAPER)
+                expected = noise_differences(planted.pipe, text, runs.latents[[trial.seed]], PAPER)
             torch.testing.assert_close(run.difference, expected, rtol=1e-4, atol=1e-4)
 
     def test_no_neuron_is_off_afterwards_also_after_an_exception(
@@ -134,14 +134,14 @@ class TestCost:
         self, make_runs: MakeRuns, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for fitting, batch_size in ((1, 1), (2, 2), (100, 3)):
-            monkeypatch.setattr(runs_module, "fitting_batch_size", lambda pipe, hidden, fitting=fitting: fitting)
+            monkeypatch.setattr(runs_module, "fitting_batch_size", lambda pipe, text, fitting=fitting: fitting)
             assert make_runs(seeds=3).batch_size == batch_size
         assert make_runs(seeds=3, batch_size=2).batch_size == 2
 
     def test_too_small_latents_are_refused_before_the_denoiser_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe = tiny_pipeline()
         pipe.unet.register_to_config(sample_size=8)
-        hidden = encode_prompts(pipe, ["a"])
+        text = encode_prompts(pipe, ["a"])
         monkeypatch.setattr(memory, "evaluate_zeros", lambda *_, **__: pytest.fail("the denoiser ran"))
         with patch_handle(pipe) as handle, pytest.raises(NemoError, match="latents of 8x8 are smaller"):
-            Runs(pipe, handle, hidden, seeds=3, protocol=PAPER)
+            Runs(pipe, handle, text, seeds=3, protocol=PAPER)
