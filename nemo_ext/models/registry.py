@@ -14,7 +14,7 @@ from nemo_ext.models.stable_diffusion_xl import StableDiffusionXL
 #: All families. A model belongs to the first one that recognizes it.
 FAMILIES: list[Family] = [StableDiffusionXL(), StableDiffusion()]
 
-#: Why transformers such as SD3's and FLUX's are not supported (docs/method.md, section 13).
+#: Why transformers such as SD3's and FLUX's are not supported (docs/method.md, section 14).
 NO_CROSS_ATTENTION = (
     "its denoiser is a transformer, in which the text changes in every block together with the image, so no activation "
     "depends on the text alone; models with a U-Net are supported"

@@ -8,11 +8,13 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDIMScheduler,
     DiffusionPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -44,6 +46,15 @@ def _models(pipe: StableDiffusionXLPipeline) -> dict[str, object]:
     return {**{name: part for name, part in pipe.components.items() if name not in more}, "add_watermarker": False}
 
 
+def _xl_controlnet(pipe: StableDiffusionXLPipeline) -> DiffusionPipeline:
+    return StableDiffusionXLControlNetPipeline(**_models(pipe), controlnet=ControlNetModel.from_unet(pipe.unet))
+
+
+def _predicting_v(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    return pipe
+
+
 def _controlnet() -> DiffusionPipeline:
     pipe = tiny_pipeline()
     return _of(pipe, StableDiffusionControlNetPipeline, controlnet=ControlNetModel.from_unet(pipe.unet))
@@ -51,16 +62,18 @@ def _controlnet() -> DiffusionPipeline:
 
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "text to image": tiny_pipeline,
+    "v-prediction": lambda: _predicting_v(tiny_pipeline()),
     "image to image": lambda: _of(tiny_pipeline(), StableDiffusionImg2ImgPipeline),
     "ControlNet": _controlnet,
     "inpainting": lambda: _of(tiny_pipeline(in_channels=9), StableDiffusionInpaintPipeline),
     "inpainting with a U-Net for text": lambda: _of(tiny_pipeline(), StableDiffusionInpaintPipeline),
     "SDXL": tiny_xl_pipeline,
     "SDXL, image to image": lambda: StableDiffusionXLImg2ImgPipeline(**_models(tiny_xl_pipeline())),
+    "SDXL, ControlNet": lambda: _xl_controlnet(tiny_xl_pipeline()),
     "SDXL, inpainting": lambda: StableDiffusionXLInpaintPipeline(**_models(tiny_xl_pipeline(in_channels=9))),
 }
 #: Those that measure the U-Net of `tiny_pipeline()` with its text alone.
-SAME_UNET = [name for name in PIPELINES if "XL" not in name and name != "inpainting"]
+SAME_UNET = [name for name in PIPELINES if "XL" not in name and name not in ("inpainting", "v-prediction")]
 
 
 @pytest.fixture(params=list(PIPELINES))
@@ -68,7 +81,9 @@ def pipe(request: pytest.FixtureRequest) -> DiffusionPipeline:
     return PIPELINES[request.param]()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))]
+)
 def test_the_whole_method_runs_in_every_precision(pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
     pipe.to(dtype)
     statistics = nemo_ext.collect_statistics(pipe, PROMPTS)
