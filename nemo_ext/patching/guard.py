@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from nemo_ext.errors import NemoError, warn
 from nemo_ext.models.family import unwrapped
@@ -28,16 +31,45 @@ class _AttentionGuard:
                 f"{self._layer} was fused with to_k after patching, so its neurons would be on: call "
                 "unfuse_qkv_projections(), or unpatch the pipeline"
             )
-        if isinstance(attention.to_v, ValueProjection):
+        layer = attention.to_v
+        if isinstance(layer, ValueProjection) or any(
+            isinstance(h, _ScaledWrapper) for h in layer._forward_hooks.values()
+        ):
             return
-        # A LoRA that is merged into the weights, or disabled, adds nothing to what the layer in it computes.
-        idle = getattr(attention.to_v, "merged", False) or getattr(attention.to_v, "disable_adapters", False)
-        if not (isinstance(getattr(attention.to_v, "base_layer", None), ValueProjection) and idle):
-            kind = type(attention.to_v)
-            raise NemoError(
-                f"{self._layer} was replaced by {kind.__module__}.{kind.__qualname__} after patching, so its neurons "
-                "would not be off: merge a LoRA into its weights (pipe.fuse_lora()) or unload it or unpatch it"
-            )
+        raise NemoError(
+            f"{self._layer} was replaced by {type(layer).__module__}.{type(layer).__qualname__} after patching, so its "
+            "neurons would be on: patch the pipeline again, or unpatch it"
+        )
+
+
+class _ScaledWrapper:
+    """A forward hook of a module around a patched value layer, such as a LoRA's: it scales what the module adds.
+
+    The module computes y = b + Δ, where b is the output of the value layer, which has the scale s already. The hook
+    returns b + Δ · s, so neurons that are off stay off.
+    """
+
+    def __call__(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
+        layer = module.base_layer
+        if not isinstance(layer, ValueProjection) or layer.is_unscaled():
+            return None
+        scale = layer.neuron_scale.to(output.dtype)
+        if scale.dim() == 2:  # one scale for each row of the batch
+            scale = scale[:, None]
+        base = layer(*args)
+        return torch.where(scale == 1, output, base + (output - base) * scale)
+
+
+def _scale_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """A hook of the registration of modules in modules: it finds new modules around patched value layers."""
+    if name == "base_layer" and isinstance(submodule, ValueProjection):
+        module.register_forward_hook(_ScaledWrapper())
+
+
+@functools.cache
+def _watch_for_wrappers() -> None:
+    """Call `_scale_wrapper` for every module that is registered in another one from now on, once in a process."""
+    register_module_module_registration_hook(_scale_wrapper)
 
 
 class _DenoiserWatch:
@@ -77,6 +109,7 @@ def guard(pipe: Any, denoiser: nn.Module, layers: Mapping[str, nn.Module]) -> No
         denoiser: its denoiser, without wrappers.
         layers: layer name -> value layer, for all value layers.
     """
+    _watch_for_wrappers()
     for layer in layers:
         attention = denoiser.get_submodule(layer.rpartition(".")[0])
         _remove(attention, _AttentionGuard)

@@ -75,10 +75,11 @@ def patch(pipe: Any, neurons: Mapping[str, Sequence[int]] | None = None, *, scal
     On the CPU, in eager mode without gradients, each layer computes its values once per text embedding and not at every
     step; see `nemo_ext.patching.value_cache`.
 
-    Weights can be averaged, loaded, moved, cast and saved after patching: neurons that are off stay off, in copies and
-    pickled pipelines too. If a cross-attention no longer uses its patched layer, because projections were fused or a
-    LoRA was loaded, the next call is an error. If the pipeline has got another denoiser, or if weights are saved while
-    neurons are off, there is a warning.
+    Weights can be averaged, loaded, moved, cast and saved after patching, and a LoRA can be loaded, merged and
+    unloaded: neurons that are off stay off, in copies and pickled pipelines too. If a cross-attention no longer uses
+    its patched layer, because projections were fused or the layer was replaced, the next call is an error. If the
+    pipeline has got another denoiser, or if weights are saved while neurons are off, there is a warning.
+    docs/pipelines.md has a table.
 
     Args:
         pipe: a diffusers pipeline, or its denoiser.

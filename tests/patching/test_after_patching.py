@@ -161,26 +161,55 @@ class TestFusedProjections:
         torch.testing.assert_close(noise(pipe), wanted, rtol=1e-4, atol=1e-5)
 
 
+class TestOtherModules:
+    def test_in_place_of_a_value_layer_are_an_error_at_the_next_call(self, pipe: StableDiffusionPipeline) -> None:
+        attention = pipe.unet.get_submodule(MID.rpartition(".")[0])
+        attention.to_v = torch.nn.Linear(32, 32, bias=False)
+        with pytest.raises(NemoError, match=rf"{MID} was replaced by torch.nn.modules.linear.Linear after patching"):
+            noise(pipe)
+
+
 class TestLora:
     @pytest.fixture
     def config(self) -> peft.LoraConfig:
         return peft.LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False)
 
-    def test_loaded_is_an_error_at_the_next_call(self, pipe: StableDiffusionPipeline, config: peft.LoraConfig) -> None:
-        pipe.unet.add_adapter(config)
-        with pytest.raises(NemoError, match=rf"{FIRST} was replaced by peft.* merge a LoRA .* or unload it"):
-            noise(pipe)
+    @pytest.mark.parametrize("scale", [0.0, 0.5])
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_loaded_or_fused_leaves_the_neurons_off(self, config: peft.LoraConfig, scale: float, fused: bool) -> None:
+        pipe, plain = tiny_pipeline(), tiny_pipeline()
+        patch(pipe, SOME, scale=scale)
+        for one in (pipe, plain):
+            torch.manual_seed(1)
+            one.unet.add_adapter(config)
+            if fused:
+                one.unet.fuse_lora()
+        hidden = torch.randn(2, 4, 32)
+        for layer in DOWN_AND_MID:
+            expected = plain.unet.get_submodule(layer)(hidden).detach()
+            expected[..., list(SOME.get(layer, ()))] *= scale
+            torch.testing.assert_close(pipe.unet.get_submodule(layer)(hidden).detach(), expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(noise(pipe), noise(plain), atol=1e-5)
 
-    def test_fused_leaves_the_neurons_off(self, pipe: StableDiffusionPipeline, config: peft.LoraConfig) -> None:
-        before = noise(pipe)
+    def test_loaded_leaves_neurons_off_in_each_row_of_a_batch(
+        self, pipe: StableDiffusionPipeline, config: peft.LoraConfig
+    ) -> None:
         pipe.unet.add_adapter(config)
-        pipe.unet.fuse_lora()
-        assert not torch.allclose(noise(pipe), before, atol=1e-5)
-        values = pipe.unet.get_submodule(MID)(torch.randn(1, 4, 32))
-        assert values[..., list(SOME[MID])].abs().max() == 0
-        pipe.unet.unfuse_lora()
-        with pytest.raises(NemoError, match="was replaced by peft"):
-            noise(pipe)
+        layer = pipe.unet.get_submodule(MID)
+        layer.base_layer.neuron_scale = torch.stack([torch.ones(32), torch.zeros(32)])
+        values = layer(torch.randn(2, 4, 32))
+        assert values[0].abs().max() > 0
+        assert values[1].abs().max() == 0
+
+    def test_unpatched_again_is_as_if_never_patched(
+        self, pipe: StableDiffusionPipeline, config: peft.LoraConfig
+    ) -> None:
+        plain = tiny_pipeline()
+        for one in (pipe, plain):
+            torch.manual_seed(1)
+            one.unet.add_adapter(config)
+        unpatch(pipe)
+        assert torch.equal(noise(pipe), noise(plain))
 
     def test_unloaded_leaves_the_neurons_off(self, pipe: StableDiffusionPipeline, config: peft.LoraConfig) -> None:
         pipe.unet.add_adapter(config)
