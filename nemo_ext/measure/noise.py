@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from nemo_ext.errors import NemoError
 from nemo_ext.measure.protocol import Protocol
-from nemo_ext.models.family import TextEmbedding
+from nemo_ext.models.family import NoisePredictor, TextEmbedding
 from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import evaluating, is_compiled
 
@@ -44,6 +44,11 @@ def initial_latents(pipe: Any, seeds: int, protocol: Protocol) -> Tensor:
     )
 
 
+def noise_predictor(pipe: Any, protocol: Protocol) -> NoisePredictor:
+    """Return the family's `noise_predictor` for the step that a protocol measures."""
+    return family_of(pipe).noise_predictor(pipe, protocol.num_inference_steps, protocol.step_index)
+
+
 def noise_differences(
     pipe: Any,
     text: TextEmbedding,
@@ -52,6 +57,7 @@ def noise_differences(
     *,
     batch_size: int = DEFAULT_BATCH_SIZE,
     guidance: tuple[float, TextEmbedding] | None = None,
+    predict: NoisePredictor | None = None,
 ) -> Tensor:
     """δ = ε(x_T, T, y) − x_T, scaled to [0, 1] per sample and channel (docs/method.md, section 3).
 
@@ -66,6 +72,7 @@ def noise_differences(
             always gets this many.
         guidance: (g, embedding of the empty prompt) for ε(y) + g (ε("") − ε(y)), which evaluates every latent
             twice; None: no guidance.
+        predict: what `noise_predictor` returned for this protocol, for callers that measure often; None: a new one.
 
     Returns:
         δ, [S, C, H, W] float32 on the denoiser's device.
@@ -76,7 +83,8 @@ def noise_differences(
     """
     family = family_of(pipe)
     denoiser: Any = family.denoiser(pipe)
-    predict = family.noise_predictor(pipe, protocol.num_inference_steps, protocol.step_index)
+    if predict is None:
+        predict = noise_predictor(pipe, protocol)
     if batch_size < 1:
         raise NemoError(f"batch_size must be 1 or more, got {batch_size}")
     # torch.compile would compile again for another number of rows, so the last batch is padded.
@@ -130,7 +138,6 @@ def evaluate_zeros(pipe: Any, text: TextEmbedding, rows: int) -> None:
     """
     family = family_of(pipe)
     denoiser: Any = family.denoiser(pipe)
-    paper = Protocol.paper()
-    predict = family.noise_predictor(pipe, paper.num_inference_steps, paper.step_index)
+    predict = noise_predictor(pipe, Protocol.paper())
     with torch.no_grad():
         predict(torch.zeros(rows, *family.latent_shape(pipe), device=denoiser.device), text)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_ext.measure.memory import fitting_batch_size, free_bytes
-from nemo_ext.measure.noise import noise_differences
+from nemo_ext.measure.noise import noise_differences, noise_predictor
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import seed_latents
 from nemo_ext.models.family import TextEmbedding
@@ -92,6 +92,8 @@ class Runs:
         self._pipe = pipe
         self._handle = handle
         self._text = text
+        # Made once, because for an inpainting model it encodes an image.
+        self._predict = noise_predictor(pipe, protocol)
         self._untouched: Tensor | None = None
         memory = min(CACHE_BYTES, int(CACHE_SHARE * free_bytes(denoiser.device)))
         self._cache = CachedRows(entry_points, seeds, memory)
@@ -141,6 +143,8 @@ class Runs:
         rows = self.batch_size if self.compiled else len(trials)
         seeds = [trial.seed for trial in trials]
         with self._cache.entering(start, entering) as recorded:
-            differences = noise_differences(self._pipe, self._text, self.latents[seeds], self.protocol, batch_size=rows)
+            differences = noise_differences(
+                self._pipe, self._text, self.latents[seeds], self.protocol, batch_size=rows, predict=self._predict
+            )
         self.samples += rows * self._cache.share(start)
         return [Run(*parts) for parts in zip(trials, differences.split(1), recorded, strict=True)]

@@ -138,6 +138,25 @@ def test_inpainting_is_measured_as_its_pipeline_draws_with_everything_masked() -
     torch.testing.assert_close(ours[:, 5:], theirs[:, 5:], atol=1.0, rtol=0)
 
 
+def test_a_search_on_an_inpainting_model_encodes_the_gray_image_once_for_all_of_its_trials() -> None:
+    pipe = PIPELINES["inpainting"]()
+    statistics = nemo_ext.collect_statistics(pipe, PROMPTS, layers=[MID])
+    calls = {"encodings": 0, "U-Net": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    pipe.vae.encoder.register_forward_hook(count("encodings"))
+    pipe.unet.register_forward_hook(count("U-Net"))
+    localizer = nemo_ext.Localizer(pipe, statistics=statistics, threshold=0.01, seeds=SEEDS, verify=None)
+    localizer.localize(PROMPTS[3])
+    # Two calls of the U-Net are observed, for its memory and for where it can be entered; then come the trials.
+    assert calls["encodings"] <= 3 < calls["U-Net"]
+
+
 def _stop_at_once(pipe: DiffusionPipeline, step: int, timestep: int, values: dict[str, object]) -> dict[str, object]:
     pipe._interrupt = True
     return values
