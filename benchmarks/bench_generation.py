@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from harness import Panel, Run, alternate, measured, parser
+from sd1 import TOKENS, WIDTH, initialized, unet_without_weights
 from torch import Tensor, nn
 
 from nemo_ext.demo.captions import MEMORIZED
@@ -25,7 +26,6 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import patch
 
 OFF_PER_LAYER = 4
-CLIP_TOKENS, CLIP_WIDTH = 77, 768
 
 
 class Model(NamedTuple):
@@ -58,13 +58,11 @@ def quarter(device: str) -> Model:
 
     Its value layers do 2.7 % of its work. This is fifteen times their share at full width and 64x64 latents.
     """
-    unet = UNet2DConditionModel(
-        sample_size=32, block_out_channels=(80, 160, 320, 320), cross_attention_dim=CLIP_WIDTH, norm_num_groups=16
-    )
-    texts = torch.randn(2, 1, CLIP_TOKENS, CLIP_WIDTH, device=device)
+    unet = initialized(unet_without_weights(narrower=4, latent_size=32))
+    texts = torch.randn(2, 1, TOKENS, WIDTH, device=device)
     return Model(
-        with_unet(load_demo_pipeline(), unet.eval()).to(device),
-        CLIP_TOKENS,
+        with_unet(load_demo_pipeline(), unet).to(device),
+        TOKENS,
         lambda images: {
             "prompt_embeds": texts[0].expand(images, -1, -1),
             "negative_prompt_embeds": texts[1].expand(images, -1, -1),

@@ -7,16 +7,14 @@ all activations until the end. benchmarks/README.md describes the measurements.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
 from harness import Panel, Row, Run, alternate, measured, parser, peak_memory
+from sd1 import initialized, text_encoder, tokenizer, unet_without_weights
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from nemo_ext.demo.captions import ordinary_captions
 from nemo_ext.demo.run import load_demo_pipeline
@@ -41,33 +39,11 @@ def demo() -> Any:
 
 
 def sd1() -> Components:
-    """Return Stable Diffusion 1's text encoder and value layers with random weights; its other layers have none.
-
-    The tokenizer is the demo's, because Stable Diffusion's vocabulary is not at hand. It makes other tokens of a text,
-    but the same number, 77.
-    """
-    tokenizer = copy.copy(load_demo_pipeline().tokenizer)
-    tokenizer.model_max_length = 77
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    for name, module in unet.named_modules():
-        if name.endswith("attn2.to_v"):
-            module.to_empty(device="cpu")
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    return Components(tokenizer, text_encoder.eval(), unet.eval(), unet.config)
+    """Return Stable Diffusion 1's text encoder and value layers with random weights; its other layers have none."""
+    unet = unet_without_weights()
+    for layer in value_layers(unet, "all").values():
+        initialized(layer)
+    return Components(tokenizer(), text_encoder(), unet, unet.config)
 
 
 MODELS: dict[str, Callable[[], Any]] = {"demo": demo, "sd1": sd1}

@@ -279,8 +279,8 @@ def plot(panels: Sequence[Panel], facts: Row, path: Path) -> None:
             of_one = [row for row in rows if row[panel.series] == name]
             if texts:
                 points = [row[panel.x] for row in of_one], [row[panel.y] for row in of_one]
-                below = [max(0, row[panel.y] - row[f"{panel.y}_low"]) for row in of_one]
-                above = [max(0, row[f"{panel.y}_high"] - row[panel.y]) for row in of_one]
+                below = [max(0, row[panel.y] - row.get(f"{panel.y}_low", row[panel.y])) for row in of_one]
+                above = [max(0, row.get(f"{panel.y}_high", row[panel.y]) - row[panel.y]) for row in of_one]
                 axis.errorbar(*points, yerr=(below, above), fmt="o", capsize=4, color=colors[name], label=name)
             else:
                 of_one.sort(key=lambda row: row[panel.x])
