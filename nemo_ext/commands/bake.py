@@ -24,6 +24,8 @@ reads   --model    a diffusers folder, with weights in safetensors
 writes  --out DIR  the new folder, which must not exist or be empty; it appears when it is complete. nemo_ext.json
                    in it lists the neurons and their scores. README.md, if there is one, gets a section about
                    them, which is also printed.
+        --single-file FILE  the new weights once more, in the layout that other programs read (Stable Diffusion
+                   1.x and XL)
 
 example:
   nemo-ext bake --model ./stable-diffusion-v1-4 --neurons results --out ./stable-diffusion-v1-4-baked
@@ -42,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files of neurons, results folders, or results.jsonl files",
     )
     add_path(parser, "--out", "the new folder", metavar="DIR")
+    parser.add_argument(
+        "--single-file",
+        type=Path,
+        metavar="FILE",
+        help="a new file (.safetensors) for the weights in the layout of the original Stable Diffusion code as well",
+    )
     add_clip_skip(parser)
     parser.add_argument(
         "--with-prompts",
@@ -55,11 +63,19 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     from nemo_ext.baking.bake import bake
 
-    baked = bake(args.model, args.neurons, args.out, with_prompts=args.with_prompts, clip_skip=args.clip_skip)
+    baked = bake(
+        args.model,
+        args.neurons,
+        args.out,
+        with_prompts=args.with_prompts,
+        clip_skip=args.clip_skip,
+        single_file=args.single_file,
+    )
     table = new_table("Neurons off", "layer", "neurons")
     for layer, indices in baked.neurons.items():
         table.add_row(layer, str(len(indices)))
     files = ", ".join(map(str, baked.changed))
-    show(table, *baked.notes, f"Written: {baked.folder} (changed weights: {files})", "")
+    single = [f"Written: {args.single_file}"] if args.single_file else []
+    show(table, *baked.notes, f"Written: {baked.folder} (changed weights: {files})", *single, "")
     print("A section for the model card:\n")
     print(baked.card, end="")

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from nemo_ext.errors import NemoError
@@ -66,6 +67,17 @@ def load_pipeline(
     skip_text_layers(pipe, clip_skip)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The precision in which the denoiser's weights are stored that `load_pipeline` reads from a folder."""
+    folder = Path(folder)
+    family = _family_in(folder)
+    variant, component = _variant_in(folder, family), folder / family.components[0]
+    file = min(file for file in component.glob("*.safetensors") if _variant_of(file.name) == variant)
+    with safetensors.safe_open(file, framework="pt") as weights:
+        dtype: torch.dtype = weights.get_tensor(min(weights.keys())).dtype
+        return dtype
 
 
 def _family_in(folder: Path) -> Family:

@@ -90,7 +90,7 @@ def tiny_xl_pipeline(seed: int = 0, *, in_channels: int = 4) -> StableDiffusionX
     """A pipeline with Stable Diffusion XL's topology and random weights.
 
     Text enters in the second and third blocks, with two and three transformer blocks for each attention; there are two
-    text encoders, and added conditioning.
+    text encoders of different widths, and added conditioning.
     """
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -103,18 +103,17 @@ def tiny_xl_pipeline(seed: int = 0, *, in_channels: int = 4) -> StableDiffusionX
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 3),
             use_linear_projection=True,
-            cross_attention_dim=2 * TEXT_WIDTH,
+            cross_attention_dim=3 * TEXT_WIDTH,
             attention_head_dim=(2, 2, 4),
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+            projection_class_embeddings_input_dim=6 * 8 + 2 * TEXT_WIDTH,
             norm_num_groups=4,
         )
         vae = _tiny_autoencoder()
-        first, second = (
-            kind(_text_config(tokenizer, projection_dim=TEXT_WIDTH))
-            for kind in (CLIPTextModel, CLIPTextModelWithProjection)
-        )
+        first = CLIPTextModel(_text_config(tokenizer))
+        wide = {"hidden_size": 2 * TEXT_WIDTH, "projection_dim": 2 * TEXT_WIDTH}
+        second = CLIPTextModelWithProjection(_text_config(tokenizer, **wide))
     pipe = StableDiffusionXLPipeline(
         vae=vae.eval(),
         text_encoder=first.eval(),
@@ -148,7 +147,6 @@ def _tiny_autoencoder() -> AutoencoderKL:
 def _text_config(tokenizer: CLIPTokenizer, **more: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
         intermediate_size=TEXT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -156,7 +154,7 @@ def _text_config(tokenizer: CLIPTokenizer, **more: int) -> CLIPTextConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **more,
+        **{"hidden_size": TEXT_WIDTH, **more},
     )
 
 

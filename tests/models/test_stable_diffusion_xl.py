@@ -41,7 +41,7 @@ def test_value_layers_of_every_transformer_block_are_found_in_network_order(pipe
         "down 2.0", "down 2.0.1", "down 2.0.2", "down 2.1", "down 2.1.1", "down 2.1.2",
         "mid", "mid 0.1", "mid 0.2",
     ]  # fmt: skip
-    assert {layer.in_features for layer in value_layers(pipe, "all").values()} == {2 * TEXT_WIDTH}
+    assert {layer.in_features for layer in value_layers(pipe, "all").values()} == {3 * TEXT_WIDTH}
 
 
 def test_text_is_the_pipelines_own_with_its_pooled_embedding(pipe: StableDiffusionXLPipeline) -> None:
@@ -50,7 +50,7 @@ def test_text_is_the_pipelines_own_with_its_pooled_embedding(pipe: StableDiffusi
         hidden, _, pooled, _ = pipe.encode_prompt(
             ["a cat", "two dogs"], device="cpu", do_classifier_free_guidance=False
         )
-    assert text.hidden.shape == (2, TOKENS, 2 * TEXT_WIDTH)
+    assert text.hidden.shape == (2, TOKENS, 3 * TEXT_WIDTH)
     assert torch.equal(text.hidden, hidden)
     assert text.pooled is not None
     assert torch.equal(text.pooled, pooled)
