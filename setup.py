@@ -55,6 +55,8 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # Machine code for GPUs from Ampere on, and PTX for the oldest, which the driver compiles for GPUs that are not listed.
 DEFAULT_ARCHITECTURES = "80+PTX;86;89;90;100;120"
 OLDEST_ARCHITECTURE = 80
+ARCHITECTURE_LISTS = ("NEMO_EXT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST")
+OLDEST_TOOLKIT = (12, 0)  # the first one with C++20
 
 
 class Unusable(Exception):
@@ -65,6 +67,13 @@ class Toolkit(NamedTuple):
     nvcc: str
     version: str
     runtime: str  # path of the static CUDA runtime library
+    architectures: list[str]  # those to compile for
+    unknown: list[str]  # those that were wanted and that it does not know
+
+    def outcome(self) -> str:
+        """Return how the kernels were compiled, for the build facts."""
+        without = f", which does not know {', '.join(self.unknown)}" if self.unknown else ""
+        return f"compiled by nvcc {self.version}{without}"
 
 
 def cuda_choice(environment: Mapping[str, str]) -> str:
@@ -76,7 +85,7 @@ def cuda_choice(environment: Mapping[str, str]) -> str:
 
 def cuda_architectures(environment: Mapping[str, str]) -> list[str]:
     """Return the targets in nvcc's notation: machine code (`sm_80`, …), then PTX (`compute_80`, …)."""
-    variable = next((name for name in ("NEMO_EXT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST") if environment.get(name)), "")
+    variable = next((name for name in ARCHITECTURE_LISTS if environment.get(name)), "")
     machine_code, ptx = [], []
     for name in re.findall(r"[^;,\s]+", environment[variable] if variable else DEFAULT_ARCHITECTURES):
         # A suffix like that of 9.0a or 10.0f is dropped, because the kernels use no architecture-specific feature.
@@ -115,7 +124,12 @@ def nvcc_candidates(environment: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys([on_path, *others] if on_path else others))
 
 
-def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str]) -> Toolkit:
+def all_are_needed(environment: Mapping[str, str]) -> bool:
+    """Whether a toolkit is unusable that does not know all architectures: somebody wants kernels, and for these."""
+    return cuda_choice(environment) == "1" and any(environment.get(name) for name in ARCHITECTURE_LISTS)
+
+
+def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str], *, all_needed: bool) -> Toolkit:
     """Return the toolkit that `nvcc` belongs to. Only nvcc knows its folders, because it may be a wrapper script."""
 
     def ask(*arguments: str) -> str:
@@ -131,9 +145,12 @@ def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str]) -> Toolk
     version = re.search(r"release .*V(\d+(?:\.\d+)+)", ask("--version"))
     if version is None:
         raise Unusable(f"{nvcc} --version prints no release")
-    known = ask("--list-gpu-code").split() + ask("--list-gpu-arch").split()
-    unknown = [name for name in architectures if name not in known]
-    if unknown:
+    if tuple(int(part) for part in version[1].split(".")[:2]) < OLDEST_TOOLKIT:
+        oldest = ".".join(map(str, OLDEST_TOOLKIT))
+        raise Unusable(f"{nvcc} is of CUDA {version[1]}, and the kernels need {oldest} or newer")
+    listed = ask("--list-gpu-code").split() + ask("--list-gpu-arch").split()
+    known, unknown = ([name for name in architectures if (name in listed) is there] for there in (True, False))
+    if unknown and (all_needed or not known):
         raise Unusable(f"{nvcc} is of CUDA {version[1]}, which does not know {', '.join(unknown)}")
     # A dry run prints the commands that nvcc would run, with the toolkit's folders; the source need not exist.
     dry_run = ask("--dryrun", "-ccbin", host_compiler, "-c", "kernels.cu")
@@ -142,25 +159,25 @@ def toolkit_of(nvcc: str, host_compiler: str, architectures: list[str]) -> Toolk
         found = next((path for path in (Path(folder, name) for folder in folders) if path.is_file()), None)
         if found is None:
             raise Unusable(f"the toolkit of {nvcc} has no {name}")
-    return Toolkit(nvcc, version[1], runtime=str(found))
+    return Toolkit(nvcc, version[1], str(found), known, unknown)
 
 
 def find_toolkit(environment: Mapping[str, str], host_compiler: str, architectures: list[str]) -> Toolkit:
     reasons = []
     for nvcc in nvcc_candidates(environment):
         try:
-            return toolkit_of(nvcc, host_compiler, architectures)
+            return toolkit_of(nvcc, host_compiler, architectures, all_needed=all_are_needed(environment))
         except Unusable as reason:
             reasons.append(str(reason))
     raise Unusable("; ".join(reasons) or "there is no nvcc on the PATH, in /usr/local/cuda or in the Python packages")
 
 
-def compile_kernels(toolkit: Toolkit, host_compiler: str, architectures: list[str], folder: Path) -> Path:
+def compile_kernels(toolkit: Toolkit, host_compiler: str, folder: Path) -> Path:
     """Compile csrc/cuda/value_projection.cu if its inputs have changed, and return the path of the object file."""
     source = ROOT / "csrc" / "cuda" / "value_projection.cu"
     target = folder / "csrc" / "cuda" / "value_projection.cu.o"
     command = [toolkit.nvcc, "-ccbin", host_compiler, *NVCC_FLAGS, f"-I{ROOT}"]
-    for name in architectures:
+    for name in toolkit.architectures:
         command.append(f"-gencode=arch=compute_{name.partition('_')[2]},code={name}")
     command += ["-c", str(source), "-o", str(target)]
 
@@ -175,7 +192,7 @@ def compile_kernels(toolkit: Toolkit, host_compiler: str, architectures: list[st
 
     stamp.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    jobs = min(len(architectures), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    jobs = min(len(toolkit.architectures), int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     command.append(f"--threads={jobs}")
     print(shlex.join(command), flush=True)
     if subprocess.run(command, check=False).returncode != 0:
@@ -230,13 +247,10 @@ class BuildWithFacts(BuildExtension):
                     "Set CUDA_HOME to the folder of one, or set NEMO_EXT_CUDA=0 to build without CUDA kernels."
                 )
             return f"left out: {reason}", []
-        operators.extra_objects = [
-            str(compile_kernels(toolkit, host_compiler, architectures, Path(self.build_temp))),
-            toolkit.runtime,
-        ]
+        operators.extra_objects = [str(compile_kernels(toolkit, host_compiler, Path(self.build_temp))), toolkit.runtime]
         operators.libraries += ["dl", "rt", "pthread"]
         operators.sources.append("csrc/cuda/value_projection.cpp")
-        return f"compiled by nvcc {toolkit.version}", architectures
+        return toolkit.outcome(), toolkit.architectures
 
 
 if __name__ == "__main__":

@@ -283,9 +283,57 @@ def test_the_first_usable_toolkit_is_taken(setup, toolkit, tmp_path, monkeypatch
     assert setup.find_toolkit({}, "c++", ["sm_80"]).nvcc == nvcc
 
 
-def test_a_toolkit_too_old_for_an_architecture_is_told(setup, toolkit):
+# What the toolkits of NVIDIA list, from sm_80 on.
+KNOWN = {
+    "11.8.89": "80 86 87 89 90",
+    "12.4.131": "80 86 87 89 90",
+    "12.6.85": "80 86 87 89 90",
+    "12.8.93": "80 86 87 89 90 100 101 120",
+    "13.0.88": "80 86 87 88 89 90 100 103 110 120 121",
+}
+
+
+def make_of_version(toolkit, version):
+    nvcc = toolkit / "bin" / "nvcc"
+    code, ptx = ("".join(f"{kind}_{number}\n" for number in KNOWN[version].split()) for kind in ("sm", "compute"))
+    text = nvcc.read_text().replace("12.4.131", version)
+    nvcc.write_text(text.replace("sm_80\nsm_90\n", code).replace("compute_80\ncompute_90\n", ptx))
+
+
+@pytest.mark.parametrize("choice", ["auto", "1"])
+@pytest.mark.parametrize(
+    ("version", "unknown"),
+    [("12.4.131", "sm_100 sm_120"), ("12.6.85", "sm_100 sm_120"), ("12.8.93", ""), ("13.0.88", "")],
+)
+def test_by_default_architectures_that_a_toolkit_does_not_know_are_left_out(setup, toolkit, choice, version, unknown):
+    make_of_version(toolkit, version)
+    environment = {"CUDA_HOME": str(toolkit), "NEMO_EXT_CUDA": choice}
+    found = setup.find_toolkit(environment, "c++", setup.cuda_architectures(environment))
+    assert found.unknown == unknown.split()
+    assert found.architectures == [name for name in setup.cuda_architectures({}) if name not in found.unknown]
+    assert "compute_80" in found.architectures
+    without = f", which does not know {', '.join(found.unknown)}" if unknown else ""
+    assert found.outcome() == f"compiled by nvcc {version}{without}"
+
+
+def test_a_toolkit_that_cannot_compile_the_kernels_is_not_tried(setup, toolkit):
+    make_of_version(toolkit, "11.8.89")
+    with pytest.raises(setup.Unusable, match=r"nvcc is of CUDA 11\.8\.89, and the kernels need 12\.0 or newer$"):
+        setup.find_toolkit({"CUDA_HOME": str(toolkit)}, "c++", ["sm_80"])
+
+
+@pytest.mark.parametrize("variable", ["NEMO_EXT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"])
+def test_architectures_that_were_named_are_left_out_only_if_kernels_need_not_be_there(setup, toolkit, variable):
+    environment = {"CUDA_HOME": str(toolkit), variable: "9.0;12.0"}
+    wanted = setup.cuda_architectures(environment)
+    assert setup.find_toolkit(environment, "c++", wanted).architectures == ["sm_90"]
+    with pytest.raises(setup.Unusable, match=r"nvcc is of CUDA 12\.4\.131, which does not know sm_120$"):
+        setup.find_toolkit({**environment, "NEMO_EXT_CUDA": "1"}, "c++", wanted)
+
+
+def test_a_toolkit_that_knows_no_architecture_is_told(setup, toolkit):
     with pytest.raises(setup.Unusable, match=r"nvcc is of CUDA 12\.4\.131, which does not know sm_100, sm_120$"):
-        setup.find_toolkit({"CUDA_HOME": str(toolkit)}, "c++", ["sm_90", "sm_100", "sm_120"])
+        setup.find_toolkit({"CUDA_HOME": str(toolkit)}, "c++", ["sm_100", "sm_120"])
 
 
 def test_a_toolkit_that_fails_is_told_with_its_own_words(setup, toolkit):
@@ -309,7 +357,8 @@ def test_kernels_are_compiled_for_every_architecture_and_again_only_after_a_chan
     found = setup.find_toolkit({"CUDA_HOME": str(toolkit)}, "g++", ["sm_90"])
 
     def compile(*architectures):
-        assert setup.compile_kernels(found, "g++", list(architectures), tmp_path / "build").exists()
+        wanted = found._replace(architectures=list(architectures))
+        assert setup.compile_kernels(wanted, "g++", tmp_path / "build").exists()
         return (toolkit / "log").read_text().splitlines()
 
     (command,) = compile("sm_80", "sm_90", "compute_80")
