@@ -40,6 +40,15 @@ NEMO_EXT_HOST_DEVICE inline void chan_merge(Moments<Real>& moments, const Moment
   moments.count = total;
 }
 
+// The activations that enter the statistics are smaller than this (2⁵⁰). Squared deviations of larger ones
+// could overflow in float32, and then m2 would stay infinite for good.
+constexpr float kActivationLimit = 1125899906842624.0f;
+
+// Whether an activation, which is not negative, can enter the statistics. NaN cannot.
+NEMO_EXT_HOST_DEVICE inline bool enters_statistics(float activation) {
+  return activation < kActivationLimit;
+}
+
 template <typename Integer, typename Divisor>
 NEMO_EXT_HOST_DEVICE constexpr Integer ceil_divide(Integer dividend, Divisor divisor) {
   return (dividend + divisor - 1) / divisor;

@@ -137,11 +137,12 @@ def value_projection_stats(
 
     Raises:
         RuntimeError: an argument has a wrong shape, dtype or device, or there are no tokens. On the CPU also: the mask
-            excludes all tokens of a prompt, or an activation is not finite (the message names prompt and neuron).
+            excludes all tokens of a prompt, or an activation is not finite, or 2⁵⁰ or more, so that its square could
+            overflow (the message names prompt and neuron).
             `count`, `mean` and `m2` are then unchanged.
 
-    On CUDA, a mask that excludes all tokens of a prompt and an activation that is not finite raise no exception. The
-    activation in question is NaN or infinite, and the whole call leaves `count`, `mean` and `m2` unchanged. To detect
+    On CUDA, a mask that excludes all tokens of a prompt and such an activation raise no exception. The activation in
+    question is NaN, infinite or too large, and the whole call leaves `count`, `mean` and `m2` unchanged. To detect
     this, compare `count` with the number of prompts that were passed, at a point where `count` is read anyway.
 
     Sources: "Finding NeMo" (arXiv 2406.02366), section 3, defines the activation. Welford, "Note on a method for

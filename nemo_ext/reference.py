@@ -12,6 +12,9 @@ from torch import Tensor
 
 __all__ = ["value_projection", "value_projection_scale_gradient", "value_projection_stats"]
 
+#: Activations of this size or more are refused: the operators sum squared deviations in float32.
+ACTIVATION_LIMIT = 2.0**50
+
 
 def value_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Compute v = (e Wᵀ + bias) · s, as `nemo_ext.ops.value_projection` does.
@@ -79,14 +82,14 @@ def value_projection_stats(
         activation: [B, N], float64.
 
     Raises:
-        RuntimeError: an activation is not finite. `count`, `mean` and `m2` are then unchanged.
+        RuntimeError: an activation is not finite, or 2⁵⁰ or more. `count`, `mean` and `m2` are then unchanged.
     """
     size = value_projection(hidden, weight, bias).abs()  # [B, T, N]
     mask = torch.ones(size.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
     kept = size.masked_fill(~mask.unsqueeze(-1).to(size.device), 0)
     activation = kept.sum(1) / mask.sum(1, keepdim=True).to(size.device)  # [B, N]
-    if not activation.isfinite().all():
-        raise RuntimeError("activation must be finite to enter the running statistics")
+    if not (activation < ACTIVATION_LIMIT).all():
+        raise RuntimeError("activation must be finite and less than 2**50 to enter the running statistics")
     if activation.shape[0] > 0:
         added = activation.shape[0]
         total = count + added

@@ -68,12 +68,12 @@ void check_mask(const Sizes& sizes, const bool* mask) {
   }
 }
 
-void check_finite(const Sizes& sizes, const float* activation) {
+void check_activation(const Sizes& sizes, const float* activation) {
   for (int64_t index = 0; index < sizes.batch * sizes.out_features; ++index) {
-    if (!std::isfinite(activation[index])) {
-      fail("activation must be finite to enter the running statistics, got ", activation[index],
-           " for prompt ", index / sizes.out_features, ", neuron ", index % sizes.out_features,
-           ": count, mean and m2 are unchanged");
+    if (!enters_statistics(activation[index])) {
+      fail("activation must be finite and less than 2**50 to enter the running statistics, got ",
+           activation[index], " for prompt ", index / sizes.out_features, ", neuron ",
+           index % sizes.out_features, ": count, mean and m2 are unchanged");
     }
   }
 }
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
   run(p);
 
   // This check precedes every write to the running buffers, so that an error leaves them unchanged.
-  check_finite(sizes, p.activation);
+  check_activation(sizes, p.activation);
   double* running_count = count.mutable_data_ptr<double>();
   double* running_mean = mean.mutable_data_ptr<double>();
   double* running_m2 = m2.mutable_data_ptr<double>();

@@ -211,7 +211,7 @@ class Epilogue {
 
   // Welford's update. In round r, this row of warps has finished r prompts before.
   NEMO_EXT_DEVICE void add_to_moments(int index, float activation, int round) const {
-    if (!is_finite(activation)) atomic_or_global(p_.not_finite, 1);
+    if (!enters_statistics(activation)) atomic_or_global(p_.refused, 1);
     const uint32_t mean = address(Tile::kMeans, index), m2 = address(Tile::kM2s, index);
     Moments<float> moments;
     if (round > 0) moments = {static_cast<float>(round), load_shared<float>(mean), load_shared<float>(m2)};

@@ -36,8 +36,9 @@ merge(const Merge m) {
     store_shared(thread_index() * int(sizeof(Moments<float>)), moments);
   }
   sync_threads();
-  // A prompt without a token, or an activation that is not finite, leaves all running statistics unchanged.
-  if (load_global(m.not_finite)) return;
+  // A prompt without a token, or an activation that is not finite or too large, leaves all running statistics
+  // as they were.
+  if (load_global(m.refused)) return;
   const double count_before = load_global(m.count_before);
   if (thread_index() < kMergeNeurons && neuron < m.out_features) {
     Moments<double> running{count_before, load_global(m.mean + neuron), load_global(m.m2 + neuron)};

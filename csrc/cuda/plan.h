@@ -16,7 +16,7 @@ struct Projection : nemo_ext::Projection {
   // before the call, which is why `project` copies it to `count_before`.
   const double* count = nullptr;
   double* count_before = nullptr;  // []
-  int* not_finite = nullptr;       // [], the launch code clears it; 1 if an activation is not finite
+  int* refused = nullptr;  // [], the launch code clears it; 1 if an activation cannot enter the statistics
   // [Plan::partials, out_features], Welford's mean and m2 over the prompts of one row of warps.
   float* partial_mean = nullptr;
   float* partial_m2 = nullptr;
@@ -29,7 +29,7 @@ struct Merge {
   int64_t batch, out_features, partials;
   const float* partial_mean;
   const float* partial_m2;
-  const int* not_finite;
+  const int* refused;
   const double* count_before;
   double* count;
   double* mean;
@@ -168,15 +168,15 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, int multiprocessors)
   });
 }
 
-// Whether every row consists of whole, aligned chunks of 16 bytes, as cp.async copies them.
+// Whether every row consists of whole, aligned chunks of 16 bytes, as cp.async copies them. The stride of an
+// axis of size 1 counts too: the loader forms addresses of rows that do not exist with it, which cp.async
+// wants aligned although it reads nothing there.
 inline bool is_aligned(const void* data, const int64_t* sizes, const int64_t* strides, int axes,
                        int element_size) {
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || sizes[axes - 1] * element_size % 16 != 0) return false;
   for (int axis = 0; axis < axes; ++axis) {
     const bool innermost = axis == axes - 1;
-    if (sizes[axis] > 1 && (innermost ? strides[axis] != 1 : strides[axis] * element_size % 16 != 0)) {
-      return false;
-    }
+    if (innermost ? strides[axis] != 1 : strides[axis] * element_size % 16 != 0) return false;
   }
   return true;
 }

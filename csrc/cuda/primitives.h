@@ -199,9 +199,6 @@ NEMO_EXT_DEVICE void from_float(Float16& target, float value) {
 NEMO_EXT_DEVICE int count_bits(uint32_t bits) {
   return __popc(bits);
 }
-NEMO_EXT_DEVICE bool is_finite(float value) {
-  return isfinite(value);
-}
 NEMO_EXT_DEVICE float absolute(float value) {
   return fabsf(value);
 }

@@ -1,7 +1,7 @@
 // The operators on CUDA: they check the arguments, allocate results and workspace, and launch the kernels on
 // the current stream. Nothing here waits for the GPU, so that errors in the data (a prompt without a token,
-// an activation that is not finite) raise no exception: the activation shows them, and the running statistics
-// stay unchanged.
+// an activation that is not finite or too large) raise no exception: the activation shows them, and the
+// running statistics stay unchanged.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -36,7 +36,7 @@ class Device {
   int multiprocessors_;
 };
 
-// The kernels count prompts, tokens, features and token tiles in 32 bits.
+// The kernels count prompts, tokens, features, neurons and token tiles in 32 bits.
 void check_size(const Sizes& sizes) {
   constexpr int64_t kMost = int64_t(1) << 30;
   const int64_t tiles = ceil_divide(sizes.tokens, kTileTokens);
@@ -44,6 +44,9 @@ void check_size(const Sizes& sizes) {
       (tiles > 0 && sizes.batch > kMost / tiles)) {
     fail("hidden must have at most 2**30 tokens, features, and tiles of ", kTileTokens,
          " tokens on CUDA, got [", sizes.batch, ", ", sizes.tokens, ", ", sizes.in_features, "]");
+  }
+  if (sizes.out_features > kMost) {
+    fail("weight must have at most 2**30 out_features on CUDA, got ", sizes.out_features);
   }
 }
 
@@ -97,13 +100,13 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
     const Tensor partials =
         torch::stable::new_empty(hidden, {2, layout.partials, sizes.out_features}, ScalarType::Float);
     const Tensor count_before = torch::stable::new_empty(hidden, {1}, ScalarType::Double);
-    const Tensor not_finite = torch::stable::new_empty(hidden, {1}, ScalarType::Int);
+    const Tensor refused = torch::stable::new_empty(hidden, {1}, ScalarType::Int);
     p.partial_mean = partials.mutable_data_ptr<float>();
     p.partial_m2 = p.partial_mean + layout.partials * sizes.out_features;
     p.count_before = count_before.mutable_data_ptr<double>();
-    p.not_finite = not_finite.mutable_data_ptr<int>();
+    p.refused = refused.mutable_data_ptr<int>();
     launch(p, layout, device.stream());
-    launch(Merge{sizes.batch, sizes.out_features, layout.partials, p.partial_mean, p.partial_m2, p.not_finite,
+    launch(Merge{sizes.batch, sizes.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
                  p.count_before, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
                  m2.mutable_data_ptr<double>()},
            device.stream());

@@ -39,7 +39,7 @@ int select_device(int device) {
 
 void launch(const Projection& projection, const Plan& plan, void* stream) {
   if (projection.count_before) {
-    check(cudaMemsetAsync(projection.not_finite, 0, sizeof(int), static_cast<cudaStream_t>(stream)),
+    check(cudaMemsetAsync(projection.refused, 0, sizeof(int), static_cast<cudaStream_t>(stream)),
           "clear its workspace");
   }
   with_block_tile(projection.element, plan.shape, [&](auto tile) {

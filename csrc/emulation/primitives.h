@@ -128,9 +128,6 @@ NEMO_EXT_DEVICE void multiply_add_tf32(float (&accumulators)[4], const uint32_t 
   emulation::multiply_add(emulation::Product::Tf32, accumulators, a, b0, b1, where);
 }
 
-NEMO_EXT_DEVICE bool is_finite(float value) {
-  return std::isfinite(value);
-}
 NEMO_EXT_DEVICE float absolute(float value) {
   return std::fabs(value);
 }

@@ -44,7 +44,7 @@ std::vector<Range> ranges_of(const cuda::Projection& p, int64_t partials) {
   add("scale_gradient", p.scale_gradient, p.batch * per_neuron, true);
   add("count", p.count, sizeof(double), false);
   add("count_before", p.count_before, sizeof(double), true);
-  add("not_finite", p.not_finite, sizeof(int), true);
+  add("refused", p.refused, sizeof(int), true);
   add("partial_mean", p.partial_mean, partials * per_neuron, true);
   add("partial_m2", p.partial_m2, partials * per_neuron, true);
   return ranges;
@@ -54,7 +54,7 @@ std::vector<Range> ranges_of(const Merge& m) {
   const size_t neurons = m.out_features;
   return {{m.partial_mean, m.partials * neurons * sizeof(float), false, "partial_mean"},
           {m.partial_m2, m.partials * neurons * sizeof(float), false, "partial_m2"},
-          {m.not_finite, sizeof(int), false, "not_finite"},
+          {m.refused, sizeof(int), false, "refused"},
           {m.count_before, sizeof(double), false, "count_before"},
           {m.count, sizeof(double), true, "count"},
           {m.mean, neurons * sizeof(double), true, "mean"},
@@ -98,13 +98,13 @@ void project(const nemo_ext::Projection& projection, const Running& running, int
   }
   std::vector<float> partials(2 * layout.partials * p.out_features, std::numeric_limits<float>::quiet_NaN());
   double count_before = std::numeric_limits<double>::quiet_NaN();
-  int not_finite = 0;
+  int refused = 0;
   p.partial_mean = partials.data();
   p.partial_m2 = p.partial_mean + layout.partials * p.out_features;
   p.count_before = &count_before;
-  p.not_finite = &not_finite;
+  p.refused = &refused;
   launch(p, layout, order, seed);
-  launch(Merge{p.batch, p.out_features, layout.partials, p.partial_mean, p.partial_m2, p.not_finite,
+  launch(Merge{p.batch, p.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
                p.count_before, running.count, running.mean, running.m2},
          order, seed);
 }

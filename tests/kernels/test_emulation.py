@@ -487,6 +487,69 @@ def an_infinite_token(hidden, mask):
     hidden[1, 2, 3] = torch.inf
 
 
+@pytest.mark.parametrize("size", [2.0**50, 3e37])
+def test_an_activation_whose_square_could_overflow_leaves_the_running_statistics_as_they_were(size):
+    hidden, weight = torch.ones(5, 4, 16), torch.zeros(24, 16)
+    hidden[2, :, 0], weight[7, 0] = 1, size
+    running = {name: buffer + 3 for name, buffer in op_cases.running_buffers(24).items()}
+    job = project({"hidden": hidden, "weight": weight}, running=running)
+    np.testing.assert_allclose(job["activation"][:, 7], size, rtol=1e-6)
+    for name, buffer in running.items():
+        assert (torch.from_numpy(job[name]) == buffer).all()
+
+
+def test_the_largest_activations_that_enter_the_statistics_leave_them_finite():
+    largest = np.nextafter(np.float32(2.0**50), np.float32(0))
+    hidden, weight = torch.zeros(64, 1, 16), torch.zeros(24, 16)
+    hidden[::2, :, 0], weight[7, 0] = 1, float(largest)
+    job = project({"hidden": hidden, "weight": weight}, running=op_cases.running_buffers(24), multiprocessors=1)
+    assert job["count"] == 64
+    np.testing.assert_allclose(job["m2"][7], 64 * (float(largest) / 2) ** 2, rtol=1e-5)
+
+
+def with_stride(tensor, axis, stride):
+    """The same tensor, with another stride along an axis of size 1."""
+    assert tensor.shape[axis] == 1
+    strides = list(tensor.stride())
+    strides[axis] = stride
+    return tensor.as_strided(tensor.shape, strides)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 3, 64 * 77 + 1])
+@pytest.mark.parametrize(
+    ("sizes", "operand", "axis"),
+    [((1, 7, 64, 9), "hidden", 0), ((3, 1, 64, 9), "hidden", 1), ((3, 7, 64, 1), "weight", 0)],
+)
+def test_an_axis_of_size_one_may_have_any_stride_in_the_kernel(sizes, operand, axis, stride, dtype):
+    """Such as `torch.randn(2, 64, 1).transpose(1, 2)`: no address of an absent row may be misaligned."""
+    batch, tokens, in_features, out_features = sizes
+    inputs = {"hidden": torch.randn(batch, tokens, in_features), "weight": torch.randn(out_features, in_features)}
+    inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    expected = project(inputs)
+    got = project({**inputs, operand: with_stride(inputs[operand], axis, stride)})
+    np.testing.assert_array_equal(got["values"], expected["values"])
+
+
+@pytest.mark.parametrize("size", [3.4028234e38, torch.inf])
+def test_numbers_that_do_not_survive_the_split_into_tf32_spoil_their_own_token_only(size):
+    """docs/kernels.md, "Precision": the largest finite numbers, and infinities, become NaN."""
+    hidden, weight = torch.randn(2, 5, 16), torch.randn(24, 16)
+    hidden[1, 3, 5] = size
+    values = project({"hidden": hidden, "weight": weight})["values"].reshape(2, 5, 24)
+    spoilt = np.zeros((2, 5), bool)
+    spoilt[1, 3] = True
+    np.testing.assert_array_equal(np.isnan(values).all(-1), spoilt)
+    assert np.isfinite(values[~spoilt]).all()
+
+
+def test_numbers_just_below_those_survive_the_split():
+    hidden, weight = torch.zeros(1, 5, 16), torch.zeros(24, 16)
+    hidden[0, 3, 5], weight[2, 5] = 3.4e38, 0.5
+    values = project({"hidden": hidden, "weight": weight})["values"].reshape(5, 24)
+    np.testing.assert_allclose(values[3, 2], 1.7e38, rtol=1e-6)
+
+
 @pytest.mark.parametrize("spoil", [no_token_counts, an_infinite_token])
 def test_an_activation_that_is_not_finite_leaves_the_running_statistics_as_they_were(spoil):
     hidden, weight, mask = torch.randn(5, 4, 16), torch.randn(24, 16), torch.ones(5, 4, dtype=torch.bool)

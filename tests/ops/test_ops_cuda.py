@@ -193,6 +193,12 @@ def test_calls_run_on_the_device_of_their_tensors(device):
         torch.testing.assert_close(one.to(device), two, rtol=1e-4, atol=1e-4)
 
 
+def test_more_neurons_than_the_kernels_can_count_are_refused(device):
+    hidden, weight = torch.empty(1, 1, 0, device=device), torch.empty(2**30 + 1, 0, device=device)
+    with pytest.raises(RuntimeError, match=r"weight must have at most 2\*\*30 out_features on CUDA, got 1073741825"):
+        ops.value_projection(hidden, weight)
+
+
 @pytest.mark.parametrize("name", ["weight", "bias", "scale", "token_mask", "count", "mean", "m2"])
 def test_a_tensor_on_the_cpu_is_named(name, device):
     arguments = make(device)

@@ -109,6 +109,16 @@ def test_an_activation_that_is_not_finite_is_named(device):
     assert_refused(device, "got nan for prompt 1, neuron 0: count, mean and m2 are unchanged", hidden=hidden)
 
 
+@pytest.mark.leg("cpu")
+@pytest.mark.parametrize("size", [2.0**50, 3e37])
+def test_an_activation_whose_square_could_overflow_is_named(size, device):
+    """Squared deviations of such activations could make m2 infinite for good."""
+    hidden = torch.zeros(3, 5, 17).index_fill(0, torch.tensor(1), size)
+    weight = torch.eye(7, 17)
+    message = "activation must be finite and less than 2**50 to enter the running statistics"
+    assert_refused(device, message, hidden=hidden, weight=weight)
+
+
 def test_a_bias_beside_half_precision_may_be_float32_or_the_same(device):
     hidden, weight = (torch.randn(shape, dtype=torch.float16, device=device) for shape in ((3, 5, 17), (7, 17)))
     with pytest.raises(RuntimeError, match="bias must be float32 or float16 like hidden, got bfloat16"):

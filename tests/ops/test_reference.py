@@ -114,10 +114,9 @@ def test_a_masked_token_does_not_affect_the_activation():
     assert torch.equal(*results)
 
 
-def test_an_activation_that_is_not_finite_leaves_the_running_statistics_unchanged():
+@pytest.mark.parametrize("size", [torch.inf, torch.nan, 2.0**50])
+def test_an_activation_that_is_not_finite_or_too_large_leaves_the_running_statistics_unchanged(size):
     buffers = op_cases.running_buffers(3)
-    with pytest.raises(RuntimeError, match="activation must be finite"):
-        reference.value_projection_stats(
-            torch.full((2, 4, 5), torch.inf), torch.ones(3, 5), None, None, None, **buffers
-        )
+    with pytest.raises(RuntimeError, match="activation must be finite and less than"):
+        reference.value_projection_stats(torch.full((2, 4, 5), size), torch.ones(3, 5), None, None, None, **buffers)
     assert not any(buffer.any() for buffer in buffers.values())
