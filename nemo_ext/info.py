@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+# The first driver for each major version of CUDA: https://docs.nvidia.com/deploy/cuda-compatibility/
+_DRIVERS = {12: 525, 13: 580}
 _PACKAGES = ("nemo_ext", "torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
 class Gpu(NamedTuple):
-    """A CUDA device as PyTorch sees it."""
+    """A CUDA device as PyTorch sees it, and the newest version of CUDA that its driver knows."""
 
     name: str
     capability: tuple[int, int]
+    driver: tuple[int, int]
 
     @property
     def architecture(self) -> str:
@@ -28,8 +32,14 @@ def gpus() -> list[Gpu]:
     """Return the CUDA devices that PyTorch sees, in PyTorch's order."""
     import torch
 
+    if not torch.cuda.device_count():
+        return []
+    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12040 for 12.4
+    driver = version // 1000, version % 1000 // 10
     indices = range(torch.cuda.device_count())
-    return [Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)) for index in indices]
+    return [
+        Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), driver) for index in indices
+    ]
 
 
 def cuda_obstacle(build: Mapping[str, Any], gpu: Gpu) -> str | None:
@@ -47,11 +57,27 @@ def cuda_obstacle(build: Mapping[str, Any], gpu: Gpu) -> str | None:
             f"CUDA toolkit and run NEMO_EXT_CUDA=1 {rebuild}"
         )
     if any(_runs_on(architecture, gpu.capability) for architecture in compiled):
-        return None
+        return _driver_obstacle(build, gpu)
     obstacle = f"the CUDA kernels of this build ({', '.join(compiled)}) don't run on {gpu.name} ({gpu.architecture})"
     if gpu.capability < (8, 0):
         return f"{obstacle}, they need sm_80 or newer"
     return f"{obstacle}; to have them there, run NEMO_EXT_CUDA=1 NEMO_EXT_CUDA_ARCHS={gpu.architecture[3:]} {rebuild}"
+
+
+def _driver_obstacle(build: Mapping[str, Any], gpu: Gpu) -> str | None:
+    """Return why the driver can't run the kernels, which bring CUDA's runtime along, or None if it can.
+
+    Within a major version, any driver runs any runtime (CUDA's "minor version compatibility").
+    """
+    toolkit = re.search(r"nvcc (\d+)", build["cuda"])
+    if toolkit is None or gpu.driver[0] >= int(toolkit[1]):
+        return None
+    needed = _DRIVERS.get(int(toolkit[1]))
+    return (
+        f"the CUDA kernels of this build ({build['cuda']}) need a driver for CUDA {toolkit[1]}"
+        f"{f', which is {needed} or newer,' if needed else ''} and that of {gpu.name} is for CUDA "
+        f"{gpu.driver[0]}.{gpu.driver[1]}: update the driver, or build with a toolkit of CUDA {gpu.driver[0]}"
+    )
 
 
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:

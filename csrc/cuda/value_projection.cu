@@ -14,7 +14,12 @@ namespace {
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // clears the error, which the next call would report again
-  throw std::runtime_error(std::string("nemo_ext could not ") + what + ": " + cudaGetErrorString(status));
+  std::string message = std::string("nemo_ext could not ") + what + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorInsufficientDriver) {
+    message += " (built with CUDA " + std::to_string(CUDART_VERSION / 1000) +
+               "; `nemo-ext info` says which driver that needs)";
+  }
+  throw std::runtime_error(message);
 }
 
 // cudaLaunchKernel takes an array of pointers to the kernel's arguments.

@@ -117,7 +117,7 @@ def test_a_folder_that_nobody_may_write_to_is_refused_with_one_sentence(results:
 class TestAGpuThatTheKernelsWereNotBuiltFor:
     @pytest.fixture(autouse=True)
     def _gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Some GPU", (7, 5))])
+        monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Some GPU", (7, 5), (13, 0))])
 
     def test_is_not_left_out_silently(self) -> None:
         with pytest.warns(NemoWarning, match=r"the CPU is used, although there is a GPU: .*Some GPU.*--device cpu"):

@@ -112,19 +112,38 @@ COMPILED = {"cuda": "compiled by nvcc 13.0.88", "cuda_architectures": ["sm_86", 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9), (10, 0), (10, 3), (12, 0)])
 def test_kernels_run_within_a_major_version_and_by_ptx_on_all_later_ones(capability):
-    assert info.cuda_obstacle(COMPILED, info.Gpu("Some GPU", capability)) is None
+    assert info.cuda_obstacle(COMPILED, info.Gpu("Some GPU", capability, (13, 0))) is None
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "driver", "obstacle"),
+    [
+        (
+            "13.0.88",
+            (12, 8),
+            "need a driver for CUDA 13, which is 580 or newer, and that of Some GPU is for CUDA 12.8: ",
+        ),
+        ("14.0.1", (13, 0), "need a driver for CUDA 14 and that of Some GPU is for CUDA 13.0: update the driver, or"),
+        ("12.8.93", (12, 0), None),
+        ("12.8.93", (13, 1), None),
+    ],
+)
+def test_a_driver_older_than_the_kernels_version_of_cuda_is_named(toolkit, driver, obstacle):
+    build = {**COMPILED, "cuda": f"compiled by nvcc {toolkit}, which does not know sm_120"}
+    found = info.cuda_obstacle(build, info.Gpu("Some GPU", (8, 6), driver))
+    assert found is None if obstacle is None else obstacle in found
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_a_gpu_that_nothing_was_compiled_for_is_named_with_what_to_do(capability):
-    obstacle = info.cuda_obstacle(COMPILED, info.Gpu("Some GPU", capability))
+    obstacle = info.cuda_obstacle(COMPILED, info.Gpu("Some GPU", capability, (13, 0)))
     name = "{}{}".format(*capability)
     assert f"(sm_86, sm_100, compute_100) don't run on Some GPU (sm_{name})" in obstacle
     assert f"NEMO_EXT_CUDA_ARCHS={name} pip install" in obstacle
 
 
 def test_a_gpu_that_is_too_old_for_the_kernels_is_named():
-    obstacle = info.cuda_obstacle(COMPILED, info.Gpu("Old GPU", (7, 5)))
+    obstacle = info.cuda_obstacle(COMPILED, info.Gpu("Old GPU", (7, 5), (13, 0)))
     assert obstacle.endswith("don't run on Old GPU (sm_75), they need sm_80 or newer")
 
 
@@ -132,7 +151,7 @@ def test_info_says_what_to_do_for_a_gpu_without_kernels(monkeypatch):
     module = importlib.import_module("nemo_ext._module")
     facts = {**module.build_facts(), "cuda": "left out: no nvcc", "cuda_architectures": []}
     monkeypatch.setattr(module, "build_facts", lambda: facts)
-    monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Some GPU", (9, 0))] * 2)
+    monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Some GPU", (9, 0), (13, 0))] * 2)
     facts = info.collect()
     assert facts["devices"] == ["cpu", "Some GPU (sm_90)", "Some GPU (sm_90)"]
     (note,) = facts["notes"]
@@ -141,7 +160,7 @@ def test_info_says_what_to_do_for_a_gpu_without_kernels(monkeypatch):
 
 
 def test_the_command_refuses_a_gpu_that_the_kernels_do_not_run_on(monkeypatch):
-    monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Old GPU", (7, 5))])
+    monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Old GPU", (7, 5), (13, 0))])
     with pytest.raises(NemoError, match=r"--device cuda: .*Old GPU.*; or use --device cpu"):
         load_model(argparse.Namespace(device="cuda", model=Path("model"), dtype="float32"))
 
