@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +19,9 @@ from nemo_ext.models.state import evaluating, is_compiled
 
 #: The share of the free memory for the tensors of one call. The rest is for kernels' workspaces of unknown size.
 _SHARE_OF_A_CALL = 0.25
+
+# The peak memory of calls of each denoiser with one latent, in bytes, by what it depends on.
+_peaks: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]] = weakref.WeakKeyDictionary()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -80,8 +83,9 @@ def _free_in(folder: Path, limit: str, usage: str, reclaimable: str) -> int | No
 def fitting_batch_size(pipe: Any, text: TextEmbedding) -> int:
     """The number of latents with which the tensors of one call of the denoiser take a quarter of the free memory.
 
-    The denoiser is called with one latent of zeros, and the peak memory of the tensors is measured. With a compiled
-    denoiser that is not possible, and the result is ten.
+    The denoiser is called with one latent of zeros, and the peak memory of the tensors is measured. The peak is known
+    from then on for this denoiser, size of latents and of texts, and precision. With a compiled denoiser it cannot be
+    measured, and the result is ten.
 
     Args:
         pipe: a pipeline.
@@ -93,10 +97,13 @@ def fitting_batch_size(pipe: Any, text: TextEmbedding) -> int:
     denoiser: Any = family_of(pipe).denoiser(pipe)
     if is_compiled(denoiser):
         return DEFAULT_BATCH_SIZE
-    with evaluating(pipe), PeakBytes() as made:
-        evaluate_zeros(pipe, text, rows=1)
-    rows: int = int(_SHARE_OF_A_CALL * free_bytes(denoiser.device)) // max(made.peak, 1)
-    return max(1, rows)
+    peaks = _peaks.setdefault(denoiser, {})
+    call = (family_of(pipe).latent_shape(pipe), text.hidden.shape[1:], denoiser.dtype, denoiser.device)
+    if call not in peaks:
+        with evaluating(pipe), PeakBytes() as made:
+            evaluate_zeros(pipe, text, rows=1)
+        peaks[call] = max(made.peak, 1)
+    return max(1, int(_SHARE_OF_A_CALL * free_bytes(denoiser.device)) // peaks[call])
 
 
 def keep_freed_memory() -> None:

@@ -162,6 +162,20 @@ def test_rows_fit_into_a_quarter_of_what_is_free_and_one_always_does(
     assert fitting_batch_size(pipe, TEXT) == wanted
 
 
+def test_the_denoiser_runs_once_for_each_size_and_precision() -> None:
+    pipe = tiny_pipeline()
+    calls: list[int] = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        assert fitting_batch_size(pipe, TEXT) > 1
+    assert len(calls) == 1
+    pipe.unet.register_to_config(sample_size=32)
+    larger = fitting_batch_size(pipe, TEXT)
+    pipe.to(torch.bfloat16)
+    assert fitting_batch_size(pipe, TEXT) > 1.5 * larger
+    assert len(calls) == 3
+
+
 def test_of_a_compiled_denoiser_the_batch_is_ten() -> None:
     pipe = tiny_pipeline()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
