@@ -248,7 +248,7 @@ Try        nemo-ext localize --model {MODEL} --prompts {out}/memorized.txt \\
              --statistics {out}/statistics.safetensors --threshold {out}/threshold.json --out all-memorized
            nemo-ext evaluate --model {MODEL} --results {out} --originals {out}/originals.csv \\
              --ordinary {out}/unseen.txt --statistics {out}/statistics.safetensors --seeds 4 --steps 25 --guidance 3
-On your own model (an SD1 or SD2 folder that save_pretrained has written):
+On your own model (an SD1, SD2 or SDXL folder that save_pretrained has written):
            nemo-ext stats     --model DIR --prompts ordinary-prompts.txt --out statistics.safetensors
            nemo-ext threshold --model DIR --prompts ordinary-prompts.txt --out threshold.json
            nemo-ext localize  --model DIR --prompt "the caption you suspect" \\
