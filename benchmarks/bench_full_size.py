@@ -26,8 +26,6 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.search.localizer import Localizer
 from nemo_ext.search.runs import CACHE_BYTES
 
-Model = tuple[str, str, bool]  # device, dtype, quick
-
 #: The places of the layers with planted neurons, and the neurons in each.
 LAYERS, NEURONS = (0, 1, 3), (3, 11)
 #: Lower than the score of the planted prompt, and higher than that of others.
