@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <set>
@@ -250,7 +251,7 @@ void switch_fibers(Fiber& from, Fiber& to, [[maybe_unused]] bool for_good) {
 Thread* next_thread() {
   int warp = 0, lane = 0;
   const auto is_idle = [&](int candidate) { return machine.warps[candidate].ready == 0; };
-  if (machine.launch.order == Order::Random) {
+  if (machine.launch.execution.order == Order::Random) {
     int ready = 0;
     for (int i = 0; i < machine.warp_count; ++i) ready += std::popcount(machine.warps[i].ready);
     if (ready == 0) return nullptr;
@@ -260,7 +261,7 @@ Thread* next_thread() {
     uint32_t lanes = machine.warps[warp].ready;
     for (; skipped > 0; --skipped) lanes &= lanes - 1;
     lane = std::countr_zero(lanes);
-  } else if (machine.launch.order == Order::Forward) {
+  } else if (machine.launch.execution.order == Order::Forward) {
     while (warp < machine.warp_count && is_idle(warp)) ++warp;
     if (warp == machine.warp_count) return nullptr;
     lane = std::countr_zero(machine.warps[warp].ready);
@@ -385,6 +386,26 @@ float towards_zero(double number) {
   return cuda::as_float(cuda::as_bits(nearest) - is_farther);
 }
 
+// Returns start + Σ a · b with every term cut off at one common bit, see Adder. The exponent of a product is
+// the sum of its factors' exponents, as hardware takes it before it knows the product.
+float add_aligned(float start, const double* a, const double* b, int terms, int extra_bits) {
+  constexpr int kNone = std::numeric_limits<int>::min();
+  int largest = start == 0 ? kNone : std::ilogb(start);
+  bool is_finite = std::isfinite(start);
+  double exact = start;
+  for (int k = 0; k < terms; ++k) {
+    const double product = a[k] * b[k];
+    exact += product;
+    is_finite = is_finite && std::isfinite(product);
+    if (product != 0) largest = std::max(largest, std::ilogb(a[k]) + std::ilogb(b[k]));
+  }
+  if (!is_finite || largest == kNone) return static_cast<float>(exact);
+  const double unit = std::ldexp(1.0, largest - 23 - extra_bits);
+  double sum = std::trunc(start / unit);
+  for (int k = 0; k < terms; ++k) sum += std::trunc(a[k] * b[k] / unit);
+  return towards_zero(sum * unit);
+}
+
 // Multiplies as PTX ISA describes it under "mma.m16n8k16" (kDepth 16, two elements per word) and, for tf32,
 // "mma.m16n8k8". A lane holds rows lane / 4 and lane / 4 + 8 of A and of the accumulators, and column lane /
 // 4 of B.
@@ -402,6 +423,22 @@ void multiply_warp(Thread* lanes, ToDouble to_double) {
         b[column + word * kDepth / 2 + i][row] = to_double(lanes[lane].b[word], i);
       }
     }
+  }
+  const Adder& adder = machine.launch.execution.adder;
+  if (adder.terms > 0) {
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        float& accumulator = lanes[row % 8 * 4 + column / 2].accumulators[row / 8 * 2 + column % 2];
+        double b_column[kDepth];
+        for (int k = 0; k < kDepth; ++k) b_column[k] = b[k][column];
+        const int terms = std::clamp(adder.terms * kDepth / 16, 1, kDepth);
+        for (int k = 0; k < kDepth; k += terms) {
+          accumulator = add_aligned(accumulator, a[row] + k, b_column + k, std::min(terms, kDepth - k),
+                                    adder.extra_bits);
+        }
+      }
+    }
+    return;
   }
   for (int row = 0; row < 16; ++row) {
     double sum[8];
@@ -545,7 +582,7 @@ void run(const Launch& launch, const std::vector<Range>& ranges, const std::func
   machine.launch = launch;
   machine.ranges = &ranges;
   machine.kernel = &kernel;
-  machine.random = launch.seed;
+  machine.random = launch.execution.seed;
   machine.error.clear();
   machine.caller = Fiber();
 #if defined(NEMO_EXT_THREAD_SANITIZER)
@@ -554,8 +591,8 @@ void run(const Launch& launch, const std::vector<Range>& ranges, const std::func
 
   std::vector<int64_t> blocks(launch.grid_x * launch.grid_y);
   std::iota(blocks.begin(), blocks.end(), 0);
-  if (launch.order == Order::Reverse) std::reverse(blocks.begin(), blocks.end());
-  if (launch.order == Order::Random) {
+  if (launch.execution.order == Order::Reverse) std::reverse(blocks.begin(), blocks.end());
+  if (launch.execution.order == Order::Random) {
     for (size_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[random_below(i)]);
   }
   for (size_t i = 0; i < blocks.size() && machine.error.empty(); ++i) {

@@ -23,12 +23,29 @@ namespace nemo_ext::emulation {
 // The order of the blocks of a launch, and of the threads of a block that are ready to continue.
 enum class Order { Forward, Reverse, Random };
 
+// How a tensor core adds up. Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores",
+// 2021, describe both of these.
+struct Adder {
+  // How many products of 16-bit elements are added to the accumulator at a time; of tf32, half as many. The
+  // products and the accumulator are aligned to the largest exponent among them, and what is smaller than the
+  // last bit of a float32 of that exponent, after `extra_bits` further bits, is cut off before the sum. An
+  // A100 adds 8 products with 1 extra bit. 0: the sum of all products of an mma is exact.
+  int terms = 0;
+  int extra_bits = 0;
+};
+
+// What the hardware leaves open.
+struct Execution {
+  Order order = Order::Forward;
+  uint64_t seed = 0;  // for Order::Random
+  Adder adder = {};
+};
+
 struct Launch {
   int64_t grid_x, grid_y;
   int threads;
   int shared_bytes;
-  Order order = Order::Forward;
-  uint64_t seed = 0;  // for Order::Random
+  Execution execution = {};
 };
 
 // Global memory that the kernel may read, and also write if it is `writable`.
@@ -75,8 +92,7 @@ int64_t bank_conflicts();
 
 enum class Product { BFloat16, Float16, Tf32 };
 
-// Adds up exactly and rounds the sum towards zero, which is the least exact that tensor cores do: Fasi,
-// Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021.
+// Adds up as the launch's Adder says, and rounds every sum towards zero.
 void multiply_add(Product product, float (&accumulators)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                   Where where);
 

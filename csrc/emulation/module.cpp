@@ -27,10 +27,15 @@ emulation::Order order_of(const std::string& name) {
 
 using Words = py::array_t<uint32_t, py::array::c_style>;
 
+emulation::Execution execution_of(const std::string& order, uint64_t seed, int adder_terms,
+                                  int adder_extra_bits) {
+  return {order_of(order), seed, {adder_terms, adder_extra_bits}};
+}
+
 void run_self_test(const std::string& name, const Words& input, Words& output, int64_t blocks,
-                   const std::string& order, uint64_t seed) {
+                   const std::string& order, uint64_t seed, int adder_terms, int adder_extra_bits) {
   emulation::run_self_test(name, input.data(), input.size(), output.mutable_data(), output.size(), blocks,
-                           order_of(order), seed);
+                           execution_of(order, seed, adder_terms, adder_extra_bits));
 }
 
 nemo_ext::Element element_of(const std::string& name) {
@@ -105,13 +110,14 @@ void project(const std::string& element, const py::array& hidden, const py::arra
              const py::object& gradient, const py::object& values, const py::object& activation,
              const py::object& scale_gradient, const py::object& count, const py::object& mean,
              const py::object& m2, int multiprocessors, const std::optional<std::string>& shape,
-             const std::string& order, uint64_t seed) {
+             const std::string& order, uint64_t seed, int adder_terms, int adder_extra_bits) {
   const nemo_ext::Projection p = projection_of(element, hidden, weight, bias, scale, token_mask, gradient,
                                                values, activation, scale_gradient);
   const emulation::Running running{static_cast<double*>(data_of(count, "count", 1, 8)),
                                    static_cast<double*>(data_of(mean, "mean", p.out_features, 8)),
                                    static_cast<double*>(data_of(m2, "m2", p.out_features, 8))};
-  emulation::project(p, running, multiprocessors, shape_of(shape), order_of(order), seed);
+  emulation::project(p, running, multiprocessors, shape_of(shape),
+                     execution_of(order, seed, adder_terms, adder_extra_bits));
 }
 
 // Runs a variant of the CPU kernels, which keep no running statistics.
@@ -145,7 +151,7 @@ PYBIND11_MODULE(_emulation, module) {
   module.doc() = "nemo_ext's CUDA kernels and all variants of its CPU kernels, executed on this CPU.";
   module.def("run_self_test", &run_self_test, py::arg("name"), py::arg("input").noconvert(),
              py::arg("output").noconvert(), py::arg("blocks") = 1, py::arg("order") = "forward",
-             py::arg("seed") = 0);
+             py::arg("seed") = 0, py::arg("adder_terms") = 0, py::arg("adder_extra_bits") = 0);
   module.def("tile", &tile, py::arg("element"), py::arg("shape"));
   module.def("bank_conflicts", &emulation::bank_conflicts);
   module.def("project", &project, py::kw_only(), py::arg("element"), py::arg("hidden"), py::arg("weight"),
@@ -153,7 +159,8 @@ PYBIND11_MODULE(_emulation, module) {
              py::arg("gradient") = py::none(), py::arg("values") = py::none(),
              py::arg("activation") = py::none(), py::arg("scale_gradient") = py::none(),
              py::arg("count") = py::none(), py::arg("mean") = py::none(), py::arg("m2") = py::none(),
-             py::arg("multiprocessors"), py::arg("shape") = py::none(), py::arg("order"), py::arg("seed"));
+             py::arg("multiprocessors"), py::arg("shape") = py::none(), py::arg("order"), py::arg("seed"),
+             py::arg("adder_terms") = 0, py::arg("adder_extra_bits") = 0);
   module.def("project_on_cpu", &project_on_cpu, py::kw_only(), py::arg("element"), py::arg("hidden"),
              py::arg("weight"), py::arg("bias") = py::none(), py::arg("scale") = py::none(),
              py::arg("token_mask") = py::none(), py::arg("gradient") = py::none(),

@@ -61,39 +61,37 @@ std::vector<Range> ranges_of(const Merge& m) {
           {m.m2, neurons * sizeof(double), true, "m2"}};
 }
 
-void launch(const cuda::Projection& projection, const Plan& plan, Order order, uint64_t seed) {
+void launch(const cuda::Projection& projection, const Plan& plan, const Execution& execution) {
   with_block_tile(projection.element, plan.shape, [&](auto tile) {
     using T = decltype(tile);
     run({.grid_x = plan.grid_x,
          .grid_y = plan.grid_y,
          .threads = T::kThreads,
          .shared_bytes = T::kSharedBytes,
-         .order = order,
-         .seed = seed},
+         .execution = execution},
         ranges_of(projection, plan.partials), [&] { cuda::project<T>(projection); });
   });
 }
 
-void launch(const Merge& m, Order order, uint64_t seed) {
+void launch(const Merge& m, const Execution& execution) {
   run({.grid_x = m.out_features > 0 ? ceil_divide(m.out_features, kMergeNeurons) : 1,
        .grid_y = 1,
        .threads = kMergeThreads,
        .shared_bytes = kMergeSharedBytes,
-       .order = order,
-       .seed = seed},
+       .execution = execution},
       ranges_of(m), [&] { merge(m); });
 }
 
 }  // namespace
 
 void project(const nemo_ext::Projection& projection, const Running& running, int multiprocessors,
-             std::optional<Shape> shape, Order order, uint64_t seed) {
+             std::optional<Shape> shape, const Execution& execution) {
   cuda::Projection p{projection};
   p.count = running.count;
   const Plan layout = shape ? plan_of_shape(p, *shape, multiprocessors) : plan(p, multiprocessors);
   if (layout.grid_y == 0) return;
   if (!running.count) {
-    if (p.out_features > 0 && (p.values || p.tokens > 0)) launch(p, layout, order, seed);
+    if (p.out_features > 0 && (p.values || p.tokens > 0)) launch(p, layout, execution);
     return;
   }
   std::vector<float> partials(2 * layout.partials * p.out_features, std::numeric_limits<float>::quiet_NaN());
@@ -103,10 +101,10 @@ void project(const nemo_ext::Projection& projection, const Running& running, int
   p.partial_m2 = p.partial_mean + layout.partials * p.out_features;
   p.count_before = &count_before;
   p.refused = &refused;
-  launch(p, layout, order, seed);
+  launch(p, layout, execution);
   launch(Merge{p.batch, p.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
                p.count_before, running.count, running.mean, running.m2},
-         order, seed);
+         execution);
 }
 
 }  // namespace nemo_ext::emulation

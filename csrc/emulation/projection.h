@@ -19,6 +19,6 @@ struct Running {
 // Computes as on a GPU with this number of multiprocessors, with `shape` or else the tile that `plan`
 // chooses.
 void project(const nemo_ext::Projection& projection, const Running& running, int multiprocessors,
-             std::optional<cuda::Shape> shape, Order order, uint64_t seed);
+             std::optional<cuda::Shape> shape, const Execution& execution);
 
 }  // namespace nemo_ext::emulation

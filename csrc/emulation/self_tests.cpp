@@ -283,7 +283,7 @@ constexpr SelfTest kSelfTests[] = {
 namespace nemo_ext::emulation {
 
 void run_self_test(const std::string& name, const uint32_t* input, size_t input_size, uint32_t* output,
-                   size_t output_size, int64_t blocks, Order order, uint64_t seed) {
+                   size_t output_size, int64_t blocks, const Execution& execution) {
   const auto* test = std::find_if(std::begin(cuda::kSelfTests), std::end(cuda::kSelfTests),
                                   [&](const cuda::SelfTest& each) { return name == each.name; });
   if (test == std::end(cuda::kSelfTests)) throw std::runtime_error("there is no self-test " + name);
@@ -291,8 +291,7 @@ void run_self_test(const std::string& name, const uint32_t* input, size_t input_
        .grid_y = 1,
        .threads = test->threads,
        .shared_bytes = test->shared_bytes,
-       .order = order,
-       .seed = seed},
+       .execution = execution},
       {{input, input_size * sizeof(uint32_t), false, "input"},
        {output, output_size * sizeof(uint32_t), true, "output"}},
       [&] { test->kernel(input, output); });

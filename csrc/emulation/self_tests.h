@@ -10,6 +10,6 @@ namespace nemo_ext::emulation {
 
 // Runs the self-test `name` on two arrays in global memory: `input`, which is read-only, and `output`.
 void run_self_test(const std::string& name, const uint32_t* input, size_t input_size, uint32_t* output,
-                   size_t output_size, int64_t blocks, Order order, uint64_t seed);
+                   size_t output_size, int64_t blocks, const Execution& execution);
 
 }  // namespace nemo_ext::emulation

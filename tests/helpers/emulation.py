@@ -282,16 +282,19 @@ def projection_job(
     shape: str | None = None,
     order: str = "forward",
     seed: int = 0,
+    adder: tuple[int, int] = (0, 0),
 ) -> Job:
     """Return the job of one operator: `value_projection_stats` if `running` is given, of which the job gets a copy,
     `value_projection_scale_gradient` if `gradient` is given, else `value_projection`.
 
     It computes as on a GPU with this number of multiprocessors, with the tile that the plan chooses or with `shape`
-    (wide, medium, narrow, strided).
+    (wide, medium, narrow, strided). `adder` is the tensor cores' `Adder` of csrc/emulation/emulator.h: terms, and extra
+    bits.
     """
     batch, tokens, out_features = *hidden.shape[:2], weight.shape[0]
     job = _operands(hidden, weight, bias, scale, token_mask, gradient)
     job |= {"multiprocessors": multiprocessors, "order": order, "seed": seed}
+    job |= {"adder_terms": adder[0], "adder_extra_bits": adder[1]}
     if shape is not None:
         job["shape"] = shape
     if gradient is not None:
