@@ -8,8 +8,10 @@ the columns.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from harness import Call, Panel, Row, Run, alternate, measured, parser
@@ -105,6 +107,16 @@ def sides() -> dict[str, Side]:
         "eager": Side(lambda i: eager(*i), True, True),
         "compiled": Side(lambda i: compiled(*i), True, True),
     }
+
+
+def by_path(path: str, side: Side) -> Side:
+    """Return a side that computes on one path of the CUDA kernels (docs/kernels.md), whichever is the default."""
+
+    def call(inputs: Inputs) -> object:
+        with mock.patch.dict(os.environ, NEMO_EXT_CUDA_PATH=path):
+            return side.call(inputs)
+
+    return side._replace(call=call)
 
 
 def running_buffers(out_features: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,6 +227,9 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
     """Verify and time all sides for one shape and dtype. Return one row for each side."""
     inputs = make_inputs(shape, dtype, device)
     compared = sides()
+    if device == "cuda":
+        # The second one is the yardstick of the first: the library's product, and the epilogue as a kernel over it.
+        compared |= {f"both, {path}": by_path(path, compared["both"]) for path in ("kernel", "library")}
     calls = {name: over(side.call, inputs) for name, side in compared.items()}
     if device == "cuda" and dtype == torch.float32:
         compared["linear_tf32"] = compared["linear"]

@@ -26,7 +26,7 @@ from typing import NamedTuple
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 ELEMENTS = {"f": "float32", "BFloat16": "bfloat16", "Float16": "float16"}
 SIXTEEN_BITS = {"bfloat16", "float16"}
-SHAPES = ("wide", "medium", "narrow", "strided")
+SHAPES = ("wide", "medium", "narrow", "strided", "loaded")
 REGISTERS = 65536  # per multiprocessor, on every architecture below
 BATCH, TOKENS = 64, 77  # the call in the traffic table
 TILE_TOKENS = 80  # csrc/cuda/plan.h, `kTileTokens`
@@ -79,7 +79,7 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        stages = 3 if self.shape == "wide" else 4
+        stages = {"wide": 3, "loaded": 0}.get(self.shape, 4)
         return stages * (self.tokens + self.neurons) * 64 + 3 * self.warp_rows * self.neurons * 4
 
     # The next three properties are for 32 bytes of in_features, the depth of one mma.
@@ -335,7 +335,7 @@ def measurements_table(kernels: list[Kernel]) -> str:
     order = [f"{element} {shape}" for element in ("16-bit", "bfloat16", "float16", "float32") for shape in SHAPES]
     for (name, figures), same in sorted(architectures.items(), key=lambda row: [*order, "merge"].index(row[0][0])):
         numbers = ", ".join(architecture.removeprefix("sm_") for architecture in same)
-        loop = figures[4:] if name != "merge" else ["–"] * 4
+        loop = figures[4:] if figures.hmma else ["–"] * 4
         lines.append(f"| {name} | sm_{numbers} | {' | '.join(map(str, [*figures[:4], *loop]))} |")
     return "\n".join(lines)
 

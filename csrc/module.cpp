@@ -8,6 +8,7 @@
 #include <string>
 
 #include "csrc/cpu/capability.h"
+#include "csrc/cuda/path.h"
 
 namespace py = pybind11;
 
@@ -48,6 +49,13 @@ py::tuple best_cpu_choice(const std::set<std::string>& supported, const std::str
   return as_tuple(nemo_ext::cpu::best_choice(supports, {vendor, family}));
 }
 
+std::string cuda_path(const std::string& element, int architecture) {
+  const auto of = element == "float32"    ? nemo_ext::Element::Float32
+                  : element == "bfloat16" ? nemo_ext::Element::BFloat16
+                                          : nemo_ext::Element::Float16;
+  return nemo_ext::cuda::path_of(of, architecture) == nemo_ext::cuda::Path::Kernel ? "kernel" : "library";
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_module, module) {
@@ -63,4 +71,8 @@ PYBIND11_MODULE(_module, module) {
       "best_cpu_choice", &best_cpu_choice, py::arg("supported"), py::arg("vendor"), py::arg("family"),
       "Returns the best variant and the reason for it, for a CPU with the supported variants, vendor and "
       "family given. Vendor and family are those that CPUID returns.");
+  module.def(
+      "cuda_path", &cuda_path, py::arg("element"), py::arg("architecture"),
+      "Returns how the operators compute on a GPU, \"kernel\" or \"library\", for float32, bfloat16 or "
+      "float16 and an architecture, 90 for sm_90.");
 }

@@ -103,7 +103,8 @@ def collect() -> dict[str, Any]:
 
     Returns:
         A dict of names to values that JSON can represent: `python`, `platform`, `packages`, `devices`, `threads`,
-        `build`, `cpu` (the variant of the CPU kernels and the reason for it), `notes` (what to do for each GPU that the
+        `cuda_paths` (how the operators compute on each GPU), `build`, `cpu` (the variant of the CPU kernels and the
+        reason for it), `notes` (what to do for each GPU that the
         operators can't use) and `backends`. If a module does not load, `error` has the message, and the facts that
         follow it are missing. No import error is raised, because bug reports are most often about one.
     """
@@ -121,6 +122,14 @@ def collect() -> dict[str, Any]:
         facts["devices"] = ["cpu", *(f"{gpu.name} ({gpu.architecture})" for gpu in found)]
         facts["threads"] = torch.get_num_threads()
         module = importlib.import_module("nemo_ext._module")
+        # How the operators compute there, by dtype: csrc/cuda/path.h.
+        facts["cuda_paths"] = {
+            gpu.architecture: {
+                dtype: module.cuda_path(dtype, 10 * gpu.capability[0] + gpu.capability[1])
+                for dtype in ("float32", "bfloat16", "float16")
+            }
+            for gpu in found
+        }
         facts["build"] = module.build_facts()
         used, because = module.cpu_choice()
         facts["cpu"] = {"capabilities": module.cpu_capabilities(), "used": used, "because": because}

@@ -17,8 +17,12 @@ differ between variants in rounding.
 On CUDA a call enqueues its kernels on the current stream and returns without waiting for the GPU, so calls can be
 captured into a CUDA graph. Errors in the data, unlike errors in the arguments, then raise no exception, see
 `value_projection_stats`. float32 products run on the tensor cores, each as three products in TF32, with the precision
-of float32. Results are bit-identical from run to run on one GPU, and a prompt's values and activations do not depend on
-the other prompts of the call; `mean` and `m2` differ in rounding between GPU models.
+of float32. There are two paths (docs/kernels.md): one kernel that computes everything, and a kernel that finishes the
+products of PyTorch's library, which GPUs from sm_90 on take in 16 bits. The environment variable NEMO_EXT_CUDA_PATH,
+kernel or library, decides instead. Results are bit-identical from run to run on one GPU. On the path of the kernel, a
+prompt's values and activations do not depend on the other prompts of the call; on that of the library they may, in
+rounding. `mean` and `m2` differ in rounding between GPU models. The first call on a device compares a small case with
+`nemo_ext.reference`, and waits for the GPU once.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from nemo_ext.first_use import check_once
 
 __all__ = ["value_projection", "value_projection_stats"]
 
@@ -80,6 +86,7 @@ def value_projection(hidden: Tensor, weight: Tensor, bias: Tensor | None = None,
 
     Source: "Finding NeMo" (arXiv 2406.02366), section 3, blocks neurons by setting their values to zero.
     """
+    check_once(hidden)
     values: Tensor
     if hidden.dim() == 3 or hidden.dim() == 0:
         values = torch.ops.nemo_ext.value_projection(hidden, weight, bias, scale)
@@ -149,6 +156,7 @@ def value_projection_stats(
     calculating corrected sums of squares and products", 1962. Chan, Golub, LeVeque, "Updating formulae and a pairwise
     algorithm for computing sample variances", 1979.
     """
+    check_once(hidden)
     values, activation = torch.ops.nemo_ext.value_projection_stats(
         hidden, weight, bias, scale, token_mask, count, mean, m2, return_values
     )

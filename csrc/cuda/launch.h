@@ -6,8 +6,8 @@
 
 namespace nemo_ext::cuda {
 
-// Makes `device` the current device, and returns its number of multiprocessors.
-int select_device(int device);
+// Makes `device` the current device, and returns what the plan must know of it.
+Gpu select_device(int device);
 
 // Both enqueue a kernel on `stream`, a cudaStream_t, and return without waiting for it. They neither allocate
 // nor synchronize, so that a CUDA graph can capture them. All three functions throw std::runtime_error if

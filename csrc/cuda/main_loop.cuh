@@ -44,8 +44,10 @@ class Accumulators {
   static constexpr int kTokenStride = 8;
   static NEMO_EXT_DEVICE int token(int lane, int i) { return kTokenStride * i + lane / 4; }
 
-  // The first neuron of a group, counted from the first of the warp.
-  static NEMO_EXT_DEVICE int neuron(int lane, int group) { return 16 * group + lane % 4 * 4; }
+  // The first neuron of a group, counted from the first of the warp. Successive groups are kGroupStride
+  // apart.
+  static constexpr int kGroupStride = 16;
+  static NEMO_EXT_DEVICE int neuron(int lane, int group) { return kGroupStride * group + lane % 4 * 4; }
 
   // The value of the i-th token and the j-th neuron of a group.
   NEMO_EXT_DEVICE float& value(int i, int group, int j) {

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "csrc/cuda/path.h"
 #include "csrc/cuda/primitives.h"
 #include "csrc/math.h"
 #include "csrc/projection.h"
@@ -20,6 +22,11 @@ struct Projection : nemo_ext::Projection {
   // [Plan::partials, out_features], Welford's mean and m2 over the prompts of one row of warps.
   float* partial_mean = nullptr;
   float* partial_m2 = nullptr;
+  // [batch, tokens, out_features], hidden weightᵀ, if a library has computed it. The call is then divided
+  // into several launches, and `first_round` is how many prompts each row of warps has finished in those
+  // before.
+  const float* products = nullptr;
+  int64_t first_round = 0;
 
   NEMO_EXT_HOST_DEVICE bool reduces_over_tokens() const { return activation || scale_gradient; }
 };
@@ -46,6 +53,7 @@ enum class Shape {
   Medium,   // 160 tokens: twice the blocks, for calls in which Wide would leave multiprocessors idle
   Narrow,   // 80 tokens: more blocks still
   Strided,  // as Narrow, but loads single elements: any strides, any alignment, any in_features
+  Loaded,   // as Narrow, for products that a library has computed
 };
 
 // What a block computes at a time. docs/kernels.md derives the sizes.
@@ -71,7 +79,7 @@ struct BlockTile {
   // every neuron of the tile.
   static constexpr int kStepBytes = 64;
   static constexpr int kStepFeatures = kStepBytes / sizeof(T);
-  static constexpr int kStages = kShape == Shape::Wide ? 3 : 4;
+  static constexpr int kStages = kShape == Shape::Wide ? 3 : kShape == Shape::Loaded ? 0 : 4;
   static constexpr int kStageBytes = (kTokens + kNeurons) * kStepBytes;
 
   // Three float32 arrays [kWarpRows, kNeurons] follow the stages in shared memory: the sum over tokens, and
@@ -83,22 +91,53 @@ struct BlockTile {
   static constexpr int kSharedBytes = kM2s + kArrayBytes;
 };
 
-// The time that a tile takes for one value, in percent of Wide's. The numbers follow from the bounds that
-// docs/kernels.md derives for 16-bit elements on an A100. For 32 bytes of in_features, one block needs:
+// What the plan must know of a GPU.
+struct Gpu {
+  int multiprocessors;
+  int shared_bytes;  // of one multiprocessor
+  int architecture;  // the compute capability times ten
+};
+
+// The blocks that are resident on one multiprocessor at a time. Each takes 1 KiB of shared memory beside its
+// own.
+template <typename Tile>
+constexpr int resident_blocks(const Gpu& gpu) {
+  const int fitting = gpu.shared_bytes / (Tile::kSharedBytes + 1024);
+  return fitting < 1 ? 1 : fitting < Tile::kBlocks ? fitting : Tile::kBlocks;
+}
+
+// The clocks for which one block occupies its multiprocessor in one step of the main loop, by the bounds that
+// docs/kernels.md derives for an A100. For 32 bytes of in_features, half a step, a block needs:
 //
-//             tensor cores   shared memory   L2 cache
-//   Wide        640 clocks      400 clocks   14,336 bytes   for 320 × 128 values
-//   Medium      320 clocks      216 clocks    9,216 bytes   for 160 × 128 values
-//   Narrow       80 clocks      132 clocks    4,608 bytes   for  80 ×  64 values
+//             tensor cores, 16-bit   float32   shared memory, 16-bit   float32   L2 cache, 16-bit   float32
+//   Wide                640 clocks       960              400 clocks       320       14,336 bytes    12,288
+//   Medium              320 clocks       480              216 clocks       168        9,216 bytes     7,168
+//   Narrow               80 clocks       240              132 clocks       132        4,608 bytes     4,608
 //
-// The tensor cores need 1/64 clock for a value in every tile, and they are the bound of Wide and of Medium.
-// Narrow is bound by shared memory, which takes 132 / 80 of that time. Medium would cost the same as Wide,
-// but it loads 29 % more bytes from the L2 cache for a value. kMediumMargin stands for their cost: Medium
-// must promise a tenth less time before it replaces Wide. The margin is a choice, it has not been measured.
-// float32 uses the same numbers, and Strided, which is never compared with another shape, uses Narrow's.
-constexpr int kMediumMargin = 10;
-constexpr int cost_per_value(Shape shape) {
-  return shape == Shape::Wide ? 100 : shape == Shape::Medium ? 100 + kMediumMargin : 100 * 132 / 80;
+// The larger one of tensor cores and shared memory is the bound. Smaller tiles load more bytes for a value;
+// kTrafficMargin, in percent, stands for their cost. It is a choice and has not been measured. Strided, which
+// is never compared with another shape, has Narrow's numbers.
+constexpr int kTrafficMargin = 10;
+template <typename T, Shape kShape>
+constexpr int step_clocks(BlockTile<T, kShape>) {
+  constexpr bool is_short = sizeof(T) == 2;
+  if (kShape == Shape::Wide) return 2 * (is_short ? 640 : 960);
+  const int bound = 2 * (kShape == Shape::Medium ? (is_short ? 320 : 480) : (is_short ? 132 : 240));
+  return bound * (100 + kTrafficMargin) / 100;
+}
+
+// A block that is alone on its multiprocessor cannot hide the waits of a step: for the barrier, for the first
+// fragments, and for the last products. About a hundred clocks is what published latencies of bar.sync,
+// ldmatrix and mma.sync add up to. It has not been measured.
+constexpr int kWaitClocks = 100;
+
+// The clocks of a multiprocessor for one step of each of its blocks, of which `resident` run at a time.
+constexpr int64_t multiprocessor_clocks(int64_t blocks, int64_t resident, int64_t step) {
+  const auto together = [&](int64_t count) {
+    const int64_t alone = step + kWaitClocks;
+    return count == 0 ? 0 : count * step < alone ? alone : count * step;
+  };
+  return blocks / resident * together(resident) + together(blocks % resident);
 }
 
 // Calls function(BlockTile<…>) with the tile of the element and shape.
@@ -112,8 +151,10 @@ auto with_block_tile(Element element, Shape shape, Function&& function) {
         return function(BlockTile<T, Shape::Medium>{});
       case Shape::Narrow:
         return function(BlockTile<T, Shape::Narrow>{});
-      default:
+      case Shape::Strided:
         return function(BlockTile<T, Shape::Strided>{});
+      default:
+        return function(BlockTile<T, Shape::Loaded>{});
     }
   };
   switch (element) {
@@ -135,37 +176,83 @@ struct Plan {
   int64_t grid_x;
   int64_t grid_y;    // 0 if there is nothing to compute
   int64_t partials;  // grid_y · kWarpRows: rows of warps in the grid
-  int64_t cost;      // time of the busiest multiprocessor; Wide's time for one value is 1
+  int64_t prompts;   // of one launch: all, but for Loaded
+  int64_t cost;      // clocks of the busiest multiprocessor for one step of in_features in all of its work
 };
 
 // The plan compares grids of 1, 2, … up to this many blocks for each multiprocessor. More blocks spread the
-// work more evenly, but every block adds partials that `merge` has to read. More than 8 are rarely worth it:
-// of 405,600 calls (1 to 4,096 prompts, 1 to 300 tokens, 1 to 10,240 neurons, 1 to 188 multiprocessors) a
-// limit of 64 would lower the cost of 7 %, by 17 % at most.
+// work more evenly, but every block adds partials that `merge` has to read.
 constexpr int64_t kMostBlocksPerMultiprocessor = 8;
 
-inline Plan plan_of_shape(const Projection& p, Shape shape, int multiprocessors) {
+inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
   return with_block_tile(p.element, shape, [&](auto tile) {
     using Tile = decltype(tile);
     const int64_t units = p.reduces_over_tokens() ? p.batch : p.batch * ceil_divide(p.tokens, kTileTokens);
     // Without any neuron there is still one block, because the running count must grow.
     const int64_t grid_x = p.out_features > 0 ? ceil_divide(p.out_features, Tile::kNeurons) : 1;
     const int64_t most = ceil_divide(units, Tile::kWarpRows);
-    Plan best{shape, grid_x, 0, 0, 0};
-    // Among equal costs the smallest grid is kept, because it has the fewest partials.
+    Plan best{shape, grid_x, 0, 0, p.batch, 0};
+    const int64_t resident = resident_blocks<Tile>(gpu);
     for (int64_t blocks = 1; most > 0 && blocks <= kMostBlocksPerMultiprocessor; ++blocks) {
-      const int64_t wanted = blocks * multiprocessors / grid_x;
+      const int64_t wanted = blocks * gpu.multiprocessors / grid_x;
       const int64_t grid_y = wanted < 1 ? 1 : wanted < most ? wanted : most;
-      const int64_t rounds = ceil_divide(most, grid_y);
-      const int64_t values = int64_t(Tile::kTokens) * Tile::kNeurons;
+      const int64_t busiest = ceil_divide(grid_x * grid_y, gpu.multiprocessors);
       const int64_t cost =
-          rounds * ceil_divide(grid_x * grid_y, multiprocessors) * values * cost_per_value(shape) / 100;
-      if (best.grid_y == 0 || cost < best.cost) {
-        best = {shape, grid_x, grid_y, grid_y * Tile::kWarpRows, cost};
+          ceil_divide(most, grid_y) * multiprocessor_clocks(busiest, resident, step_clocks(tile));
+      // Among equal costs, blocks that are resident together are better than one block that does their work
+      // in turn, because the epilogue of one runs beside the main loop of another. Further blocks are not:
+      // a block that goes on loads ahead, a new one begins with an empty pipeline.
+      const bool is_better = cost < best.cost || (cost == best.cost && busiest <= resident);
+      if (best.grid_y == 0 || is_better) {
+        best = {shape, grid_x, grid_y, grid_y * Tile::kWarpRows, p.batch, cost};
       }
     }
     return best;
   });
+}
+
+// The products of one launch, in float32, shall still be in the L2 cache (40 MB on an A100, 50 on an H100)
+// when they are finished.
+constexpr int64_t kProductBytes = int64_t(16) << 20;
+
+// The plan of a call whose products a library computes.
+inline Plan plan_of_library(const Projection& p, const Gpu& gpu, int64_t product_bytes = kProductBytes) {
+  using Tile = BlockTile<float, Shape::Loaded>;
+  const int64_t grid_x = p.out_features > 0 ? ceil_divide(p.out_features, Tile::kNeurons) : 1;
+  if (p.batch == 0) return {Shape::Loaded, grid_x, 0, 0, 0, 0};
+  const int64_t prompt_bytes = p.tokens * p.out_features * 4;
+  int64_t prompts = prompt_bytes > 0 ? product_bytes / prompt_bytes : p.batch;
+  prompts = prompts < 1 ? 1 : prompts < p.batch ? prompts : p.batch;
+  const int64_t wanted = int64_t(gpu.multiprocessors) * Tile::kBlocks / grid_x;
+  const auto at_most = [&](int64_t units) { return wanted < 1 ? 1 : wanted < units ? wanted : units; };
+  // A partial covers every grid_y-th prompt of the call, so that a launch must have a multiple of grid_y.
+  // Calls that don't reduce over tokens have the same launches, so that the library computes the same bits.
+  const int64_t partials = at_most(prompts);
+  prompts = prompts / partials * partials;
+  const int64_t tiles = ceil_divide(p.tokens, kTileTokens);
+  const int64_t grid_y = p.reduces_over_tokens() ? partials : at_most(prompts * tiles);
+  return {Shape::Loaded, grid_x, grid_y, grid_y, prompts, 0};
+}
+
+// The launch for prompts [first, first + count) of a call, whose products are in `products`.
+inline Projection launch_of(const Projection& p, const Plan& plan, int64_t first, int64_t count,
+                            const float* products) {
+  const auto moved = [&](auto* data, int64_t elements) { return data ? data + first * elements : data; };
+  const auto moved_bytes = [&](auto* data, int64_t elements) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>, const char, char>;
+    return moved(static_cast<Byte*>(data), elements * (p.element == Element::Float32 ? 4 : 2));
+  };
+  Projection launch = p;
+  launch.batch = count;
+  launch.products = products;
+  launch.first_round = first / plan.partials;
+  launch.scale = moved(p.scale, p.scale_batch_stride);
+  launch.token_mask = moved(p.token_mask, p.tokens);
+  launch.values = moved_bytes(p.values, p.tokens * p.out_features);
+  launch.gradient = moved_bytes(p.gradient, p.tokens * p.out_features);
+  launch.activation = moved(p.activation, p.out_features);
+  launch.scale_gradient = moved(p.scale_gradient, p.out_features);
+  return launch;
 }
 
 // Whether every row consists of whole, aligned chunks of 16 bytes, as cp.async copies them. The stride of an
@@ -181,17 +268,26 @@ inline bool is_aligned(const void* data, const int64_t* sizes, const int64_t* st
   return true;
 }
 
-inline Plan plan(const Projection& p, int multiprocessors) {
+// Whether an operand that is not aligned is copied first: if its rows have whole chunks, so that the copy is
+// aligned. Copying reads and writes every element once, in a kernel of its own; Strided reads 3 to 5 times
+// the sectors, for every block that needs them. It is left for rows that do not have whole chunks.
+inline bool is_better_copied(const void* data, const int64_t* sizes, const int64_t* strides, int axes,
+                             int element_size) {
+  return sizes[axes - 1] * element_size % 16 == 0 && !is_aligned(data, sizes, strides, axes, element_size);
+}
+
+inline Plan plan(const Projection& p, const Gpu& gpu) {
+  if (path_of(p.element, gpu.architecture) == Path::Library) return plan_of_library(p, gpu);
   const int element_size = p.element == Element::Float32 ? 4 : 2;
   const int64_t hidden_sizes[] = {p.batch, p.tokens, p.in_features};
   const int64_t weight_sizes[] = {p.out_features, p.in_features};
   if (!is_aligned(p.hidden, hidden_sizes, p.hidden_strides, 3, element_size) ||
       !is_aligned(p.weight, weight_sizes, p.weight_strides, 2, element_size)) {
-    return plan_of_shape(p, Shape::Strided, multiprocessors);
+    return plan_of_shape(p, Shape::Strided, gpu);
   }
-  Plan best = plan_of_shape(p, Shape::Wide, multiprocessors);
+  Plan best = plan_of_shape(p, Shape::Wide, gpu);
   for (const Shape shape : {Shape::Medium, Shape::Narrow}) {
-    const Plan other = plan_of_shape(p, shape, multiprocessors);
+    const Plan other = plan_of_shape(p, shape, gpu);
     if (other.cost < best.cost) best = other;
   }
   return best;

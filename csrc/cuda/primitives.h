@@ -196,6 +196,23 @@ NEMO_EXT_DEVICE void from_float(BFloat16& target, float value) {
 NEMO_EXT_DEVICE void from_float(Float16& target, float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(target.bits) : "f"(value));
 }
+// Rounds four numbers as from_float does, two by one instruction.
+NEMO_EXT_DEVICE void from_floats(Vector<float, 4>& target, const float (&values)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) target.data[i] = values[i];
+}
+NEMO_EXT_DEVICE void from_floats(Vector<BFloat16, 4>& target, const float (&values)[4]) {
+  uint32_t words[2];
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[0]) : "f"(values[1]), "f"(values[0]));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[1]) : "f"(values[3]), "f"(values[2]));
+  __builtin_memcpy(&target, words, sizeof(target));
+}
+NEMO_EXT_DEVICE void from_floats(Vector<Float16, 4>& target, const float (&values)[4]) {
+  uint32_t words[2];
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[0]) : "f"(values[1]), "f"(values[0]));
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[1]) : "f"(values[3]), "f"(values[2]));
+  __builtin_memcpy(&target, words, sizeof(target));
+}
 NEMO_EXT_DEVICE int count_bits(uint32_t bits) {
   return __popc(bits);
 }

@@ -8,9 +8,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "csrc/cuda/launch.h"
 #include "csrc/operands.h"
@@ -25,15 +29,15 @@ using torch::stable::accelerator::getCurrentStream;
 class Device {
  public:
   explicit Device(const Tensor& hidden)
-      : index_(hidden.device().index()), guard_(index_), multiprocessors_(select_device(index_)) {}
+      : index_(hidden.device().index()), guard_(index_), gpu_(select_device(index_)) {}
 
-  int multiprocessors() const { return multiprocessors_; }
+  const Gpu& gpu() const { return gpu_; }
   void* stream() const { return getCurrentStream(index_).nativeHandle(); }
 
  private:
   int32_t index_;
   DeviceGuard guard_;
-  int multiprocessors_;
+  Gpu gpu_;
 };
 
 // The kernels count prompts, tokens, features, neurons and token tiles in 32 bits.
@@ -50,16 +54,66 @@ void check_size(const Sizes& sizes) {
   }
 }
 
+// The operand, or a copy of it that the fast kernels can load.
+Tensor loadable(const Tensor& operand) {
+  std::vector<int64_t> sizes, strides;
+  for (int64_t axis = 0; axis < operand.dim(); ++axis) {
+    sizes.push_back(operand.size(axis));
+    strides.push_back(operand.stride(axis));
+  }
+  if (!is_better_copied(operand.const_data_ptr(), sizes.data(), strides.data(), operand.dim(),
+                        operand.element_size())) {
+    return operand;
+  }
+  Tensor copy = torch::stable::new_empty(operand, sizes);
+  torch::stable::copy_(copy, operand);
+  return copy;
+}
+
+// hidden and weight as the path that the call takes can load them.
+std::pair<Tensor, Tensor> operands_of(const Device& device, const Tensor& hidden, const Tensor& weight) {
+  if (path_of(element_of(hidden), device.gpu().architecture) == Path::Library) return {hidden, weight};
+  return {loadable(hidden), loadable(weight)};
+}
+
+// hidden weightᵀ of prompts [first, first + count) in float32, by PyTorch's library.
+Tensor products_of(Tensor hidden, const Tensor& weight, int64_t first, int64_t count) {
+  hidden = torch::stable::narrow(hidden, 0, first, count);
+  const Tensor rows = torch::stable::reshape(hidden, {count * hidden.size(1), hidden.size(2)});
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(rows),
+                                    torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
+                                    torch::stable::detail::from(ScalarType::Float)};
+  const char* overload = hidden.scalar_type() == ScalarType::Float ? "" : "dtype";
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Launches what the plan says. A kernel may still read products when this has returned: torch's allocator
+// reuses their memory in stream order.
+void compute(const Projection& p, const Plan& layout, const Tensor& hidden, const Tensor& weight,
+             void* stream) {
+  if (layout.shape != Shape::Loaded) {
+    launch(p, layout, stream);
+    return;
+  }
+  for (int64_t first = 0; first < p.batch; first += layout.prompts) {
+    const int64_t count = std::min(layout.prompts, p.batch - first);
+    const Tensor products = products_of(hidden, weight, first, count);
+    launch(launch_of(p, layout, first, count, products.const_data_ptr<float>()), layout, stream);
+  }
+}
+
 Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& scale) {
   const Sizes sizes = check_projection(hidden, weight, bias, scale);
   check_size(sizes);
   const Device device(hidden);
-  Call call = describe(sizes, hidden, weight, bias, scale);
+  const auto [rows, weights] = operands_of(device, hidden, weight);
+  Call call = describe(sizes, rows, weights, bias, scale);
   want_values(call, hidden);
   const Projection p{call.projection};
-  const Plan layout = plan(p, device.multiprocessors());
-  if (layout.grid_y > 0 && sizes.out_features > 0) launch(p, layout, device.stream());
+  const Plan layout = plan(p, device.gpu());
+  if (layout.grid_y > 0 && sizes.out_features > 0) compute(p, layout, rows, weights, device.stream());
   return *call.values;
 }
 
@@ -69,11 +123,14 @@ Tensor value_projection_scale_gradient(const Tensor& gradient, const Tensor& hid
   check_gradient(sizes, hidden, gradient);
   check_size(sizes);
   const Device device(hidden);
-  Call call = describe(sizes, hidden, weight, bias, std::nullopt);
+  const auto [rows, weights] = operands_of(device, hidden, weight);
+  Call call = describe(sizes, rows, weights, bias, std::nullopt);
   want_scale_gradient(call, hidden, gradient);
   const Projection p{call.projection};
-  const Plan layout = plan(p, device.multiprocessors());
-  if (layout.grid_y > 0 && sizes.out_features > 0 && sizes.tokens > 0) launch(p, layout, device.stream());
+  const Plan layout = plan(p, device.gpu());
+  if (layout.grid_y > 0 && sizes.out_features > 0 && sizes.tokens > 0) {
+    compute(p, layout, rows, weights, device.stream());
+  }
   return *call.scale_gradient;
 }
 
@@ -87,13 +144,14 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
   check_statistics(sizes, hidden, token_mask, count, mean, m2);
   check_size(sizes);
   const Device device(hidden);
-  Call call = describe(sizes, hidden, weight, bias, scale);
+  const auto [rows, weights] = operands_of(device, hidden, weight);
+  Call call = describe(sizes, rows, weights, bias, scale);
   want_activation(call, hidden, token_mask);
   if (return_values) want_values(call, hidden);
 
   Projection p{call.projection};
   p.count = count.const_data_ptr<double>();
-  Plan layout = plan(p, device.multiprocessors());
+  Plan layout = plan(p, device.gpu());
   if (layout.grid_y > 0) {
     // torch's allocator reuses memory in stream order, so that these tensors may be freed before the kernels
     // run.
@@ -105,7 +163,7 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
     p.partial_m2 = p.partial_mean + layout.partials * sizes.out_features;
     p.count_before = count_before.mutable_data_ptr<double>();
     p.refused = refused.mutable_data_ptr<int>();
-    launch(p, layout, device.stream());
+    compute(p, layout, rows, weights, device.stream());
     launch(Merge{sizes.batch, sizes.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
                  p.count_before, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
                  m2.mutable_data_ptr<double>()},

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "csrc/cuda/finish.cuh"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/value_projection.cuh"
 
@@ -32,28 +33,46 @@ void launch_kernel(void (*kernel)(Argument), dim3 grid, int threads, int shared_
         "launch a kernel");
 }
 
+template <typename Tile>
+constexpr auto* kernel_of() {
+  if constexpr (Tile::kStages == 0) {
+    return &finish<Tile>;
+  } else {
+    return &project<Tile>;
+  }
+}
+
 }  // namespace
 
-int select_device(int device) {
+Gpu select_device(int device) {
   check(cudaSetDevice(device), "select the GPU");
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+  Gpu gpu{};
+  check(cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "ask for the GPU's number of multiprocessors");
-  return multiprocessors;
+  check(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+        "ask for the shared memory of a multiprocessor");
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "ask for the GPU's architecture");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "ask for the GPU's architecture");
+  gpu.architecture = 10 * major + minor;
+  return gpu;
 }
 
 void launch(const Projection& projection, const Plan& plan, void* stream) {
-  if (projection.count_before) {
+  if (projection.count_before && projection.first_round == 0) {
     check(cudaMemsetAsync(projection.refused, 0, sizeof(int), static_cast<cudaStream_t>(stream)),
           "clear its workspace");
   }
   with_block_tile(projection.element, plan.shape, [&](auto tile) {
     using T = decltype(tile);
     // A kernel must ask for more than 48 KiB of shared memory, on every device anew.
-    check(cudaFuncSetAttribute(project<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes),
+    constexpr auto* kKernel = kernel_of<T>();
+    check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes),
           "reserve shared memory");
     const dim3 grid(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
-    launch_kernel(project<T>, grid, T::kThreads, T::kSharedBytes, stream, projection);
+    launch_kernel(kKernel, grid, T::kThreads, T::kSharedBytes, stream, projection);
   });
 }
 

@@ -28,9 +28,7 @@ project(const Projection p) {
   Loader<Tile> loader(p, loops, first_neuron);
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) loader.load_next(stage);
 
-  if (p.count_before && thread_index() == 0 && block_index_x() == 0 && block_index_y() == 0) {
-    store_global(p.count_before, load_global(p.count));
-  }
+  keep_count(p);
 
   int stage = 0;
   Accumulators<Tile> accumulators;
@@ -48,7 +46,7 @@ project(const Projection p) {
         stage = (stage + 1) % Tile::kStages;
       }
       const TokenTile tile = token_tile_of<Tile>(p, round, warp.row, index);
-      epilogue.finish_tile(tile, accumulators, index == 0);
+      epilogue.finish_tile(tile, accumulators);
       if (p.reduces_over_tokens() && index == loops.tiles - 1 && tile.tokens >= 0) {
         epilogue.finish_prompt(tile.prompt, round);
       }

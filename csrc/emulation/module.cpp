@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "csrc/emulation/cpu.h"
 #include "csrc/emulation/projection.h"
@@ -51,7 +52,8 @@ std::optional<nemo_ext::cuda::Shape> shape_of(const std::optional<std::string>& 
   if (name == "medium") return nemo_ext::cuda::Shape::Medium;
   if (name == "narrow") return nemo_ext::cuda::Shape::Narrow;
   if (name == "strided") return nemo_ext::cuda::Shape::Strided;
-  throw std::runtime_error("shape must be wide, medium, narrow, strided or None, got " + *name);
+  if (name == "loaded") return nemo_ext::cuda::Shape::Loaded;
+  throw std::runtime_error("shape must be wide, medium, narrow, strided, loaded or None, got " + *name);
 }
 
 // Returns null for None.
@@ -104,20 +106,30 @@ nemo_ext::Projection projection_of(const std::string& element, const py::array& 
   return p;
 }
 
+// Only the plan depends on the shared memory of a multiprocessor, and every tile fits there.
+constexpr int kSharedBytesOfAnA100 = 164 << 10;
+constexpr int kArchitectureOfAnA100 = 80;
+
 // Runs the CUDA kernels.
 void project(const std::string& element, const py::array& hidden, const py::array& weight,
              const py::object& bias, const py::object& scale, const py::object& token_mask,
              const py::object& gradient, const py::object& values, const py::object& activation,
              const py::object& scale_gradient, const py::object& count, const py::object& mean,
-             const py::object& m2, int multiprocessors, const std::optional<std::string>& shape,
-             const std::string& order, uint64_t seed, int adder_terms, int adder_extra_bits) {
+             const py::object& m2, const py::object& products, int64_t product_bytes, int multiprocessors,
+             const std::optional<std::string>& shape, const std::string& order, uint64_t seed,
+             int adder_terms, int adder_extra_bits) {
   const nemo_ext::Projection p = projection_of(element, hidden, weight, bias, scale, token_mask, gradient,
                                                values, activation, scale_gradient);
   const emulation::Running running{static_cast<double*>(data_of(count, "count", 1, 8)),
                                    static_cast<double*>(data_of(mean, "mean", p.out_features, 8)),
                                    static_cast<double*>(data_of(m2, "m2", p.out_features, 8))};
-  emulation::project(p, running, multiprocessors, shape_of(shape),
-                     execution_of(order, seed, adder_terms, adder_extra_bits));
+  std::optional<emulation::Products> given;
+  if (!products.is_none()) {
+    const int64_t size = p.batch * p.tokens * p.out_features;
+    given = {static_cast<const float*>(data_of(products, "products", size, 4)), product_bytes};
+  }
+  emulation::project(p, given, running, {multiprocessors, kSharedBytesOfAnA100, kArchitectureOfAnA100},
+                     shape_of(shape), execution_of(order, seed, adder_terms, adder_extra_bits));
 }
 
 // Runs a variant of the CPU kernels, which keep no running statistics.
@@ -131,8 +143,7 @@ void project_on_cpu(const std::string& element, const py::array& hidden, const p
 }
 
 py::dict tile(const std::string& element, const std::string& shape) {
-  const nemo_ext::cuda::Shape of_shape = *shape_of(shape);
-  return nemo_ext::cuda::with_block_tile(element_of(element), of_shape, [&](auto tile) {
+  return nemo_ext::cuda::with_block_tile(element_of(element), *shape_of(shape), [&](auto tile) {
     using T = decltype(tile);
     py::dict facts;
     facts["threads"] = T::kThreads;
@@ -140,9 +151,44 @@ py::dict tile(const std::string& element, const std::string& shape) {
     facts["neurons"] = T::kNeurons;
     facts["blocks"] = T::kBlocks;
     facts["shared_bytes"] = T::kSharedBytes;
-    facts["cost_per_value"] = nemo_ext::cuda::cost_per_value(of_shape);
+    facts["step_clocks"] = nemo_ext::cuda::step_clocks(tile);
     return facts;
   });
+}
+
+// The plan of a call with contiguous operands.
+py::dict plan(const std::string& element, int64_t batch, int64_t tokens, int64_t in_features,
+              int64_t out_features, bool statistics, int multiprocessors, int shared_bytes) {
+  alignas(16) static char memory[16];
+  nemo_ext::cuda::Projection p{};
+  p.element = element_of(element);
+  p.batch = batch;
+  p.tokens = tokens;
+  p.in_features = in_features;
+  p.out_features = out_features;
+  p.hidden = p.weight = memory;
+  p.hidden_strides[0] = tokens * in_features;
+  p.hidden_strides[1] = p.weight_strides[0] = in_features;
+  p.hidden_strides[2] = p.weight_strides[1] = 1;
+  if (statistics) p.activation = reinterpret_cast<float*>(memory);
+  const nemo_ext::cuda::Gpu gpu{multiprocessors, shared_bytes, kArchitectureOfAnA100};
+  const nemo_ext::cuda::Plan found = nemo_ext::cuda::plan(p, gpu);
+  return nemo_ext::cuda::with_block_tile(p.element, found.shape, [&](auto tile) {
+    using T = decltype(tile);
+    py::dict facts;
+    constexpr const char* kNames[] = {"wide", "medium", "narrow", "strided", "loaded"};
+    facts["shape"] = kNames[static_cast<int>(found.shape)];
+    facts["blocks"] = found.grid_x * found.grid_y;
+    facts["warps"] = T::kThreads / nemo_ext::cuda::kWarpSize;
+    facts["resident"] = nemo_ext::cuda::resident_blocks<T>(gpu);
+    return facts;
+  });
+}
+
+bool is_better_copied(size_t address, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                      int element_size) {
+  return nemo_ext::cuda::is_better_copied(reinterpret_cast<const void*>(address), sizes.data(),
+                                          strides.data(), static_cast<int>(sizes.size()), element_size);
 }
 
 }  // namespace
@@ -153,12 +199,18 @@ PYBIND11_MODULE(_emulation, module) {
              py::arg("output").noconvert(), py::arg("blocks") = 1, py::arg("order") = "forward",
              py::arg("seed") = 0, py::arg("adder_terms") = 0, py::arg("adder_extra_bits") = 0);
   module.def("tile", &tile, py::arg("element"), py::arg("shape"));
+  module.def("plan", &plan, py::kw_only(), py::arg("element"), py::arg("batch"), py::arg("tokens"),
+             py::arg("in_features"), py::arg("out_features"), py::arg("statistics"),
+             py::arg("multiprocessors"), py::arg("shared_bytes"));
+  module.def("is_better_copied", &is_better_copied, py::arg("address"), py::arg("sizes"), py::arg("strides"),
+             py::arg("element_size"));
   module.def("bank_conflicts", &emulation::bank_conflicts);
   module.def("project", &project, py::kw_only(), py::arg("element"), py::arg("hidden"), py::arg("weight"),
              py::arg("bias") = py::none(), py::arg("scale") = py::none(), py::arg("token_mask") = py::none(),
              py::arg("gradient") = py::none(), py::arg("values") = py::none(),
              py::arg("activation") = py::none(), py::arg("scale_gradient") = py::none(),
              py::arg("count") = py::none(), py::arg("mean") = py::none(), py::arg("m2") = py::none(),
+             py::arg("products") = py::none(), py::arg("product_bytes") = nemo_ext::cuda::kProductBytes,
              py::arg("multiprocessors"), py::arg("shape") = py::none(), py::arg("order"), py::arg("seed"),
              py::arg("adder_terms") = 0, py::arg("adder_extra_bits") = 0);
   module.def("project_on_cpu", &project_on_cpu, py::kw_only(), py::arg("element"), py::arg("hidden"),

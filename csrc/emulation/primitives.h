@@ -178,4 +178,9 @@ NEMO_EXT_DEVICE void from_float(Float16& target, float value) {
   }
 }
 
+template <typename Element>
+NEMO_EXT_DEVICE void from_floats(Vector<Element, 4>& target, const float (&values)[4]) {
+  for (int i = 0; i < 4; ++i) from_float(target.data[i], values[i]);
+}
+
 }  // namespace nemo_ext::cuda

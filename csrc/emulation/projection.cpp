@@ -1,8 +1,10 @@
 #include "csrc/emulation/projection.h"
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
+#include "csrc/cuda/finish.cuh"
 #include "csrc/cuda/value_projection.cuh"
 
 namespace nemo_ext::emulation {
@@ -28,10 +30,11 @@ std::vector<Range> ranges_of(const cuda::Projection& p, int64_t partials) {
   const int64_t weight_sizes[] = {p.out_features, p.in_features};
   const size_t per_neuron = p.out_features * sizeof(float);
   const size_t per_value = p.batch * p.tokens * p.out_features * element_bytes;
-  std::vector<Range> ranges = {
-      strided("hidden", p.hidden, hidden_sizes, p.hidden_strides, 3, element_bytes),
-      strided("weight", p.weight, weight_sizes, p.weight_strides, 2, element_bytes),
-  };
+  std::vector<Range> ranges;
+  if (!p.products) {
+    ranges.push_back(strided("hidden", p.hidden, hidden_sizes, p.hidden_strides, 3, element_bytes));
+    ranges.push_back(strided("weight", p.weight, weight_sizes, p.weight_strides, 2, element_bytes));
+  }
   const auto add = [&](const char* name, const void* data, size_t bytes, bool writable) {
     if (data) ranges.push_back({data, bytes, writable, name});
   };
@@ -45,6 +48,7 @@ std::vector<Range> ranges_of(const cuda::Projection& p, int64_t partials) {
   add("count", p.count, sizeof(double), false);
   add("count_before", p.count_before, sizeof(double), true);
   add("refused", p.refused, sizeof(int), true);
+  add("products", p.products, p.batch * p.tokens * p.out_features * sizeof(float), false);
   add("partial_mean", p.partial_mean, partials * per_neuron, true);
   add("partial_m2", p.partial_m2, partials * per_neuron, true);
   return ranges;
@@ -69,7 +73,13 @@ void launch(const cuda::Projection& projection, const Plan& plan, const Executio
          .threads = T::kThreads,
          .shared_bytes = T::kSharedBytes,
          .execution = execution},
-        ranges_of(projection, plan.partials), [&] { cuda::project<T>(projection); });
+        ranges_of(projection, plan.partials), [&] {
+          if constexpr (T::kStages == 0) {
+            cuda::finish<T>(projection);
+          } else {
+            cuda::project<T>(projection);
+          }
+        });
   });
 }
 
@@ -84,14 +94,24 @@ void launch(const Merge& m, const Execution& execution) {
 
 }  // namespace
 
-void project(const nemo_ext::Projection& projection, const Running& running, int multiprocessors,
-             std::optional<Shape> shape, const Execution& execution) {
+void project(const nemo_ext::Projection& projection, const std::optional<Products>& products,
+             const Running& running, const Gpu& gpu, std::optional<Shape> shape, const Execution& execution) {
   cuda::Projection p{projection};
   p.count = running.count;
-  const Plan layout = shape ? plan_of_shape(p, *shape, multiprocessors) : plan(p, multiprocessors);
+  const Plan layout = products ? plan_of_library(p, gpu, products->bytes)
+                      : shape  ? plan_of_shape(p, *shape, gpu)
+                               : plan(p, gpu);
   if (layout.grid_y == 0) return;
+  const auto launch_all = [&] {
+    if (!products) return launch(p, layout, execution);
+    for (int64_t first = 0; first < p.batch; first += layout.prompts) {
+      const int64_t count = std::min(layout.prompts, p.batch - first);
+      launch(launch_of(p, layout, first, count, products->data + first * p.tokens * p.out_features), layout,
+             execution);
+    }
+  };
   if (!running.count) {
-    if (p.out_features > 0 && (p.values || p.tokens > 0)) launch(p, layout, execution);
+    if (p.out_features > 0 && (p.values || p.tokens > 0)) launch_all();
     return;
   }
   std::vector<float> partials(2 * layout.partials * p.out_features, std::numeric_limits<float>::quiet_NaN());
@@ -101,7 +121,7 @@ void project(const nemo_ext::Projection& projection, const Running& running, int
   p.partial_m2 = p.partial_mean + layout.partials * p.out_features;
   p.count_before = &count_before;
   p.refused = &refused;
-  launch(p, layout, execution);
+  launch_all();
   launch(Merge{p.batch, p.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
                p.count_before, running.count, running.mean, running.m2},
          execution);

@@ -283,13 +283,16 @@ def projection_job(
     order: str = "forward",
     seed: int = 0,
     adder: tuple[int, int] = (0, 0),
+    products: torch.Tensor | None = None,
+    launches: int = 1,
 ) -> Job:
     """Return the job of one operator: `value_projection_stats` if `running` is given, of which the job gets a copy,
     `value_projection_scale_gradient` if `gradient` is given, else `value_projection`.
 
     It computes as on a GPU with this number of multiprocessors, with the tile that the plan chooses or with `shape`
     (wide, medium, narrow, strided). `adder` is the tensor cores' `Adder` of csrc/emulation/emulator.h: terms, and extra
-    bits.
+    bits. With `products`, which is hidden weightᵀ in float32, it computes in the second way, with at least so many
+    launches if there are as many prompts.
     """
     batch, tokens, out_features = *hidden.shape[:2], weight.shape[0]
     job = _operands(hidden, weight, bias, scale, token_mask, gradient)
@@ -297,6 +300,9 @@ def projection_job(
     job |= {"adder_terms": adder[0], "adder_extra_bits": adder[1]}
     if shape is not None:
         job["shape"] = shape
+    if products is not None:
+        job["products"] = products.numpy()
+        job["product_bytes"] = products.nbytes // launches
     if gradient is not None:
         return job
     if values:

@@ -596,6 +596,24 @@ def test_an_axis_of_size_one_may_have_any_stride_in_the_kernel(sizes, operand, a
     np.testing.assert_array_equal(got["values"], expected["values"])
 
 
+@pytest.mark.parametrize(
+    ("address", "strides", "copied"),
+    [
+        (0, (77 * 64, 64, 1), False),
+        (0, (0, 64, 1), False),  # one text for all prompts
+        (4, (77 * 64, 64, 1), True),  # a tensor that begins between chunks
+        (0, (77 * 65, 65, 1), True),
+        (0, (77 * 64, 1, 77), True),
+    ],
+)
+@pytest.mark.parametrize("in_features", [64, 63])
+def test_operands_that_are_not_aligned_are_copied_first_if_their_rows_have_whole_chunks(
+    in_features, address, strides, copied
+):
+    sizes = (3, 77, in_features)
+    assert emulation.module().is_better_copied(address, sizes, strides, 4) == (copied and in_features == 64)
+
+
 @pytest.mark.parametrize("size", [3.4028234e38, torch.inf])
 def test_numbers_that_do_not_survive_the_split_into_tf32_spoil_their_own_token_only(size):
     """docs/kernels.md, "Precision": the largest finite numbers, and infinities, become NaN."""
@@ -635,6 +653,74 @@ def test_prompts_without_any_token_leave_the_running_statistics_as_they_were():
         assert (torch.from_numpy(job[name]) == buffer).all()
 
 
+# --- The second way: a library computes the products, and a kernel finishes them
+
+
+def finished(inputs, *, launches=3, **settings):
+    """Run the second way, with products that are exact but for one rounding to float32."""
+    products = inputs["hidden"].double() @ inputs["weight"].double().T
+    return project(inputs, products=products.float(), launches=launches, **settings)
+
+
+@every_case_with_tokens
+def test_finished_products_are_as_exact_as_a_sum_in_float32(case):
+    inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
+    running = op_cases.running_buffers(case.out_features)
+    job = finished(inputs, token_mask=mask, running=running, **SETTINGS["random"])
+    exact_values, exact_activation = reference.value_projection_stats(**inputs, token_mask=mask, **running)
+    assert_running_statistics_follow(job, case.batch)
+    yardstick.assert_as_exact(emulation.result(job, "values"), yardstick.values(**inputs), exact_values)
+    inputs.pop("scale")
+    stated = yardstick.activation(**inputs, mask=mask)
+    yardstick.assert_as_exact(emulation.result(job, "activation"), stated, exact_activation)
+
+
+@every_size
+def test_finished_products_without_statistics_give_the_same_values_bit_for_bit(case):
+    inputs, running = op_cases.projection_inputs(case), op_cases.running_buffers(case.out_features)
+    np.testing.assert_array_equal(finished(inputs)["values"], finished(inputs, running=running)["values"])
+
+
+@every_size
+def test_finished_products_give_the_gradient_of_the_scale(case):
+    inputs = op_cases.projection_inputs(case)
+    del inputs["scale"]
+    gradient = torch.randn(case.batch, case.tokens, case.out_features).to(case.dtype)
+    if case.tokens > 0:  # without tokens no kernel is launched
+        job = finished(inputs, gradient=gradient, multiprocessors=2)
+        exact = reference.value_projection_scale_gradient(gradient, **inputs)
+        stated = yardstick.scale_gradient(gradient, **inputs)
+        yardstick.assert_as_exact(emulation.result(job, "scale_gradient"), stated, exact)
+
+
+@every_large_case
+def test_the_number_of_launches_and_blocks_changes_no_bit_of_finished_values_and_activations(case):
+    def outcome(**settings):
+        running = op_cases.running_buffers(case.out_features)
+        return finished(inputs, token_mask=op_cases.token_mask(case), running=running, **settings)
+
+    inputs = op_cases.projection_inputs(case)
+    expected = outcome(launches=1, multiprocessors=132)
+    for launches in (1, 2, 7):
+        for multiprocessors in (1, 2, 132):
+            got = outcome(launches=launches, multiprocessors=multiprocessors, order="reverse")
+            np.testing.assert_array_equal(got["values"], expected["values"])
+            np.testing.assert_array_equal(got["activation"], expected["activation"])
+            assert got["count"] == 7
+            np.testing.assert_allclose(got["mean"], expected["mean"], rtol=1e-5)
+            np.testing.assert_allclose(got["m2"], expected["m2"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("spoilt", [0, 4])
+def test_a_refused_prompt_in_any_launch_leaves_the_running_statistics_as_they_were(spoilt):
+    hidden, weight = torch.randn(5, 4, 16), torch.randn(24, 16)
+    hidden[spoilt, 2, 3] = torch.inf
+    running = {name: buffer + 3 for name, buffer in op_cases.running_buffers(24).items()}
+    job = finished({"hidden": hidden, "weight": weight}, running=running, launches=5, multiprocessors=1)
+    for name, buffer in running.items():
+        assert (torch.from_numpy(job[name]) == buffer).all()
+
+
 def sanitized_jobs():
     """Return jobs for every tile and element, with several rounds of prompts and sizes that no tile divides.
 
@@ -661,6 +747,9 @@ def sanitized_jobs():
     inputs = op_cases.projection_inputs(case)
     jobs.append(emulation.projection_job(**inputs, order="random"))
     jobs.append(emulation.projection_job(**inputs, gradient=torch.randn(3, 85, 24).bfloat16(), order="random"))
+    second = {"products": torch.randn(3, 85, 24), "launches": 3, "order": "random", "multiprocessors": 1}
+    jobs.append(emulation.projection_job(**inputs, **second))
+    jobs.append(emulation.projection_job(**inputs, **second, running=op_cases.running_buffers(24)))
     return jobs
 
 

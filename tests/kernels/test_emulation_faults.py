@@ -16,8 +16,8 @@ from emulation import Fault
 
 pytestmark = [pytest.mark.leg("emulated"), pytest.mark.slow]
 
-KERNEL, LOADER, MAIN_LOOP, EPILOGUE, MERGE = (
-    f"csrc/cuda/{name}.cuh" for name in ("value_projection", "loader", "main_loop", "epilogue", "merge")
+KERNEL, LOADER, MAIN_LOOP, EPILOGUE, MERGE, FINISH = (
+    f"csrc/cuda/{name}.cuh" for name in ("value_projection", "loader", "main_loop", "epilogue", "merge", "finish")
 )
 
 FAULTS = {
@@ -54,8 +54,10 @@ FAULTS = {
     "no bound on the tokens that are written": (
         "check",
         EPILOGUE,
-        "if (exists(tile, i)) {\n        Vector",
-        "if (true) {\n        Vector",
+        "if (i < tokens) {\n#pragma unroll\n        for (int group = 0; group < Values::kGroups; ++group) {\n"
+        "          const float four",
+        "if (true) {\n#pragma unroll\n        for (int group = 0; group < Values::kGroups; ++group) {\n"
+        "          const float four",
     ),
     "no zeros behind the last feature": (
         "check",
@@ -69,7 +71,7 @@ FAULTS = {
         "load_matrices(tokens, hidden + hidden_chunk(",
         "load_matrices(tokens, hidden + weight_chunk(",
     ),
-    "the mask ignored": ("numbers forward", EPILOGUE, "(!p_.token_mask ||", "(true ||"),
+    "the mask ignored": ("numbers forward", EPILOGUE, "if (p_.token_mask) {", "if (false) {"),
     "a prompt too few in a partial": (
         "numbers forward",
         MERGE,
@@ -79,14 +81,20 @@ FAULTS = {
     "sums of a prompt that has several tiles, from the last tile alone": (
         "numbers forward",
         EPILOGUE,
-        "if (!is_first) {",
-        "if (false) {",
+        "total.data[j] += before.data[j];",
+        "",
     ),
     "tokens counted over several prompts": (
         "numbers forward",
         EPILOGUE,
-        "if (is_first) counted_of_prompt_ = 0;",
-        "",
+        "clear_sums();\n    counted_of_prompt_ = 0;",
+        "clear_sums();",
+    ),
+    "sums of a prompt that go on with those of the last one": (
+        "numbers forward",
+        EPILOGUE,
+        "clear_sums();\n    counted_of_prompt_ = 0;",
+        "counted_of_prompt_ = 0;",
     ),
     "no barrier in the merge": ("numbers forward", MERGE, "  sync_threads();\n  // A prompt", "  // A prompt"),
     "a barrier that only some threads reach": (
@@ -113,11 +121,35 @@ FAULTS = {
         "if (thread_index() == 0 && block_index_x() == 0) {\n    store_global(m.count,",
         "if (thread_index() == 0) {\n    store_global(m.count,",
     ),
-    "a bias written beyond its array": (
+    "no bound on the tokens of products that are read": (
+        "check",
+        FINISH,
+        "} else if (token < tile.tokens) {",
+        "} else {",
+    ),
+    "statistics that forget the launches before": (
+        "numbers forward",
+        EPILOGUE,
+        "const int64_t before = p_.first_round + round;",
+        "const int64_t before = round;",
+    ),
+    "partials of the launch before not read": (
+        "numbers forward",
+        FINISH,
+        "if (p.count_before && p.first_round > 0)",
+        "if (false)",
+    ),
+    "sums added to before other lanes have cleared them": (
+        "thread",
+        FINISH,
+        "      sync_warp();  // other lanes",
+        "      // other lanes",
+    ),
+    "a value read behind the accumulators": (
         "address",
         EPILOGUE,
-        "for (int j = 0; j < kGroup; ++j) {\n      bias[j] =",
-        "for (int j = 0; j < kGroup + 1; ++j) {\n      bias[j] =",
+        "for (int j = 0; j < kGroup; ++j) {\n            Element rounded;",
+        "for (int j = 0; j < kGroup + 1; ++j) {\n            Element rounded;",
     ),
 }
 
@@ -125,17 +157,30 @@ FAULTS = {
 def jobs(**settings):
     """Return jobs whose sizes no tile divides, with several rounds of prompts, with aligned rows and without."""
     made = []
-    for sizes, layout in (((4, 85, 168, 136), "contiguous"), ((4, 77, 17, 40), "offset")):
+    for sizes, layout in (((4, 85, 168, 136), "contiguous"), ((20, 77, 17, 40), "offset")):
         case = op_cases.Case(*sizes, torch.float16, "same", "per_prompt", True, layout)
         made.append(
             emulation.projection_job(
                 **op_cases.projection_inputs(case),
                 token_mask=op_cases.token_mask(case),
                 running=op_cases.running_buffers(case.out_features),
-                multiprocessors=2,
+                multiprocessors=1,
                 **settings,
             )
         )
+    case = op_cases.Case(5, 85, 16, 42, torch.float16, "same", "per_prompt", True, "contiguous")
+    inputs = op_cases.projection_inputs(case)
+    made.append(
+        emulation.projection_job(
+            **inputs,
+            products=(inputs["hidden"].double() @ inputs["weight"].double().T).float(),
+            launches=3,
+            token_mask=op_cases.token_mask(case),
+            running=op_cases.running_buffers(case.out_features),
+            multiprocessors=1,
+            **settings,
+        )
+    )
     return made
 
 
@@ -173,7 +218,7 @@ def test_planted_fault_is_caught(name):
     else:
         assert not any(differ(fault, **settings) for settings in ORDERS.values())
         report = emulation.sanitizer_report(leg, jobs(), fault)
-        assert {"thread": "ThreadSanitizer: data race", "address": "epilogue.cuh"}[leg] in report
+        assert {"thread": "ThreadSanitizer: data race", "address": "main_loop.cuh"}[leg] in report
 
 
 def test_the_sound_kernel_is_found_sound_by_the_same_jobs():

@@ -6,7 +6,14 @@ import torch
 
 from nemo_ext import _module, ops
 
+pytestmark = pytest.mark.usefixtures("_path_of_the_kernel")
 every_dtype = pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
+
+
+@pytest.fixture
+def _path_of_the_kernel(monkeypatch):
+    """A library's bits may depend on the batch."""
+    monkeypatch.setenv("NEMO_EXT_CUDA_PATH", "kernel")
 
 
 @pytest.fixture

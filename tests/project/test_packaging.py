@@ -64,7 +64,8 @@ def test_a_source_tree_without_binaries_says_what_to_do(tmp_path):
     package = tmp_path / "nemo_ext"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "ops.py").write_text((ROOT / "nemo_ext" / "ops.py").read_text())
+    for name in ("ops.py", "first_use.py", "reference.py"):
+        (package / name).write_text((ROOT / "nemo_ext" / name).read_text())
     # -S leaves out the hooks of an editable install, which would find the binaries after all.
     libraries = Path(torch.__file__).parent.parent
     result = python(["-S", "-c", "import nemo_ext.ops"], tmp_path, PYTHONPATH=str(libraries))
