@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 
-TARGETED_TORCH = (2, 13)
+TARGETED_TORCH = (2, 10)
 
 # The include path is the root and not csrc, because csrc/math.h would hide the system's math.h.
 ROOT = Path(__file__).resolve().parent
@@ -40,13 +40,13 @@ try:
 except ImportError as error:
     sys.exit(
         f"nemo_ext needs {error.name} to build: install it first "
-        '(pip install "torch>=2.13,<2.14" "pybind11>=3.0" ninja), '
+        '(pip install "torch>=2.10" "pybind11>=3.0" ninja), '
         "or let pip do so by leaving out --no-build-isolation."
     )
 
 installed = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 if installed < TARGETED_TORCH:
-    sys.exit(f"nemo_ext needs torch>=2.13 to build, got {torch.__version__}: pip install -U 'torch>=2.13,<2.14'.")
+    sys.exit(f"nemo_ext needs torch>=2.10 to build, got {torch.__version__}: pip install -U 'torch>=2.10'.")
 
 STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{TARGETED_TORCH[0]:02x}{TARGETED_TORCH[1]:02x}000000000000"
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]

@@ -47,7 +47,7 @@ except ModuleNotFoundError as error:
     ) from error
 except ImportError as error:
     raise ImportError(
-        f"nemo_ext's compiled operators do not load with torch {torch.__version__} ({error}): they need torch 2.13 or "
+        f"nemo_ext's compiled operators do not load with torch {torch.__version__} ({error}): they need torch 2.10 or "
         "later; rebuild them with 'pip install --force-reinstall --no-deps .' in the source tree."
     ) from error
 

@@ -3,6 +3,7 @@
 // an activation that is not finite or too large) raise no exception: the activation shows them, and the
 // running statistics stay unchanged.
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,11 +20,37 @@
 #include "csrc/cuda/launch.h"
 #include "csrc/operands.h"
 
+// From torch 2.13 on. It is weak, so that one binary loads with earlier ones too.
+extern "C" __attribute__((weak)) AOTITorchError torch_stream_native_handle(StreamHandle stream,
+                                                                           void** handle);
+
 namespace nemo_ext::cuda {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
-using torch::stable::accelerator::getCurrentStream;
+
+// The current cudaStream_t of a device. Before 2.13, only a function in a library of torch's CUDA builds
+// tells it, with which this binary cannot be linked, because it also serves the CPU builds.
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  if (torch_stream_native_handle) {
+    StreamHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &handle));
+    const torch::stable::accelerator::Stream owner(handle);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_stream_native_handle(handle, &stream));
+    return stream;
+  }
+  using Function = AOTITorchError (*)(int32_t device, void** stream);
+  static const auto function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* const found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<Function>(found);
+  }();
+  if (!function)
+    fail("this build of torch does not tell the current CUDA stream: install torch 2.13 or later");
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return stream;
+}
 
 // The GPU of the tensors, which is the current device as long as the object lives, and its current stream.
 class Device {
@@ -32,7 +59,7 @@ class Device {
       : index_(hidden.device().index()), guard_(index_), gpu_(select_device(index_)) {}
 
   const Gpu& gpu() const { return gpu_; }
-  void* stream() const { return getCurrentStream(index_).nativeHandle(); }
+  void* stream() const { return current_stream(index_); }
 
  private:
   int32_t index_;
