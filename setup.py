@@ -2,7 +2,9 @@
 
 `nemo_ext._C`       contains the operators. It is built against PyTorch's stable ABI, so that one binary works with CPU
                     and CUDA builds of PyTorch, from TARGETED_TORCH on, with or without a GPU.
-`nemo_ext._module`  contains build facts and CPU capabilities. It uses pybind11 and not PyTorch.
+`nemo_ext._module`  contains build facts and CPU capabilities. It does not use PyTorch.
+
+Both keep to Python's stable ABI, so that one wheel serves every Python from 3.10 on.
 
 CONTRIBUTING.md, section "CUDA kernels", explains the environment variables that control the build. The GPUs of the
 build machine are never consulted.
@@ -34,13 +36,12 @@ TARGETED_TORCH = (2, 10)
 ROOT = Path(__file__).resolve().parent
 
 try:
-    import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
     sys.exit(
         f"nemo_ext needs {error.name} to build: install it first "
-        '(pip install "torch>=2.10" "pybind11>=3.0" ninja), '
+        '(pip install "torch>=2.10" ninja), '
         "or let pip do so by leaving out --no-build-isolation."
     )
 
@@ -276,9 +277,11 @@ if __name__ == "__main__":
                 "nemo_ext._module",
                 ["csrc/module.cpp"],
                 language="c++",
-                include_dirs=[str(ROOT), pybind11.get_include()],
+                py_limited_api=True,
+                include_dirs=[str(ROOT)],
                 extra_compile_args=FLAGS,
             ),
         ],
         cmdclass={"build_ext": BuildWithFacts},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

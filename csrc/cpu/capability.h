@@ -1,5 +1,5 @@
 // Chooses the variant of the CPU kernels that runs on this machine, and states the reason. This header does
-// not use torch, because the pybind11 module, which reports the choice, is built without it.
+// not use torch, because `_module`, which reports the choice, is built without it.
 #pragma once
 
 #include <cstdlib>

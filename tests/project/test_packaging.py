@@ -93,6 +93,15 @@ def test_the_binary_holds_cuda_kernels_where_info_says_so():
     assert facts["build"]["cuda"].startswith("compiled by nvcc " if compiled else "left out: ")
 
 
+@pytest.mark.parametrize("name", ["_C", "_module"])
+def test_the_binaries_keep_to_pythons_stable_abi(name):
+    binary = importlib.import_module(f"nemo_ext.{name}").__file__
+    assert binary.endswith(f"{name}.abi3.so")
+    audit = [Path(sys.executable).with_name("abi3audit"), "--strict", "--assume-minimum-abi3", "3.10", binary]
+    done = subprocess.run(audit, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_operator_has_a_kernel_for_every_backend():
     keys = ["Meta", *(backend.upper() for backend in info.collect()["backends"])]
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nemo_ext::")]
@@ -438,7 +447,7 @@ def test_a_source_distribution_is_complete_and_installs_without_a_cuda_toolkit(t
     program = "import nemo_ext.ops, torch; print(nemo_ext.ops.__file__, torch.ops.nemo_ext.value_projection)"
     result = python(["-c", program], tmp_path, PYTHONPATH=str(site))
     assert result.stdout.startswith(str(site)), result.stderr
-    assert {path.name.split(".")[0] for path in (site / "nemo_ext").glob("*.so")} == {"_C", "_module"}
+    assert {path.name for path in (site / "nemo_ext").glob("*.so")} == {"_C.abi3.so", "_module.abi3.so"}
     assert (site / "nemo_ext" / "py.typed").exists()
     # How the bundled model was made stays in the sources.
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} <= {"nemo_ext", "bin"}
