@@ -84,10 +84,14 @@ def test_info_tells_how_it_was_built_and_what_runs():
     assert facts["cpu"]["because"]
 
 
+def ops_binary():
+    return importlib.import_module("nemo_ext._C").__file__
+
+
 def test_the_binary_holds_cuda_kernels_where_info_says_so():
     facts = info.collect()
     compiled = facts["build"]["cuda_architectures"]
-    binary = Path(importlib.import_module("nemo_ext._C").__file__).read_bytes()
+    binary = Path(ops_binary()).read_bytes()
     assert (b".nv_fatbin" in binary) == bool(compiled)
     assert facts["backends"] == (["cpu", "cuda"] if compiled else ["cpu"])
     assert facts["build"]["cuda"].startswith("compiled by nvcc " if compiled else "left out: ")
@@ -100,6 +104,12 @@ def test_the_binaries_keep_to_pythons_stable_abi(name):
     audit = [Path(sys.executable).with_name("abi3audit"), "--strict", "--assume-minimum-abi3", "3.10", binary]
     done = subprocess.run(audit, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_operators_keep_to_pytorchs_stable_abi():
+    audit = [Path(sys.executable).with_name("torch-abi-audit"), "--check", "both", "--json"]
+    done = subprocess.run([*audit, ops_binary()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_operator_has_a_kernel_for_every_backend():
