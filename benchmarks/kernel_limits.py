@@ -26,10 +26,9 @@ from typing import NamedTuple
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 ELEMENTS = {"f": "float32", "BFloat16": "bfloat16", "Float16": "float16"}
 SIXTEEN_BITS = {"bfloat16", "float16"}
-SHAPES = ("wide", "medium", "narrow", "strided", "loaded")
+SHAPES = ("wide", "medium", "narrow", "strided", "loaded", "small")
 REGISTERS = 65536  # per multiprocessor, on every architecture below
 BATCH, TOKENS = 64, 77  # the call in the traffic table
-TILE_TOKENS = 80  # csrc/cuda/plan.h, `kTileTokens`
 MERGE_REGISTER_BUDGET = REGISTERS // (4 * 256)  # csrc/cuda/merge.cuh: four blocks of 256 threads
 
 
@@ -58,7 +57,7 @@ class Tile:
 
     @property
     def blocks(self) -> int:
-        return {"wide": 1, "medium": 2}.get(self.shape, 3)
+        return {"wide": 1, "medium": 2, "small": 4}.get(self.shape, 3)
 
     @property
     def warps(self) -> int:
@@ -66,7 +65,11 @@ class Tile:
 
     @property
     def tokens(self) -> int:
-        return TILE_TOKENS * self.warp_rows
+        return self.tile_tokens * self.warp_rows
+
+    @property
+    def tile_tokens(self) -> int:
+        return 16 if self.shape == "small" else 80
 
     @property
     def neurons(self) -> int:
@@ -80,7 +83,10 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         stages = {"wide": 3, "loaded": 0}.get(self.shape, 4)
-        return stages * (self.tokens + self.neurons) * 64 + 3 * self.warp_rows * self.neurons * 4
+        return (
+            stages * (self.tokens + self.neurons) * (128 if self.shape == "small" else 64)
+            + 3 * self.warp_rows * self.neurons * 4
+        )
 
     # The next three properties are for 32 bytes of in_features, the depth of one mma.
     @property
@@ -93,7 +99,7 @@ class Tile:
 
     @property
     def read_bytes(self) -> int:
-        return self.warps * (TILE_TOKENS + self.warp_neurons) * 32
+        return self.warps * (self.tile_tokens + self.warp_neurons) * 32
 
 
 @dataclass(frozen=True)
@@ -283,7 +289,7 @@ def bounds_table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for element in ("bfloat16", "float32"):
-        for shape in SHAPES[:3]:
+        for shape in ("wide", "medium", "narrow", "small"):
             tile = Tile(element, shape)
             clocks = [cycles(tile, gpu) for gpu in GPUS]
             bounds = ["tensor" if tensor >= shared else "shared" for tensor, shared in clocks]

@@ -9,23 +9,28 @@
 
 namespace nemo_ext::cuda {
 
-// One cp.async copies a chunk of 16 bytes. A stage holds rows of 64 bytes, four chunks: first a row for every
-// token of the block, then one for every neuron.
+// One cp.async copies a chunk of 16 bytes. A stage holds rows of 64 bytes, four chunks, or of 128: first a
+// row for every token of the block, then one for every neuron.
 constexpr int kChunkBytes = 16;
 
 // The offset of a chunk in the rows of hidden, or of weight. Chunks are swizzled: they change places by row,
-// so that the eight rows of one ldmatrix lie in different banks. Two rows fill the 32 banks once, so that
-// four pairs of rows need four different orders. An ldmatrix reads consecutive rows of hidden, but rows 0, 1,
-// 4, 5, 8, 9, 12 and 13 of weight (see `multiply` in main_loop.cuh).
+// so that the eight rows of one ldmatrix lie in different banks. Two rows of 64 bytes fill the 32 banks once,
+// so that four pairs of rows need four different orders; of 128 bytes each row needs one. An ldmatrix reads
+// consecutive rows of hidden, but rows 0, 1, 4, 5, 8, 9, 12 and 13 of weight (see `multiply` in
+// main_loop.cuh).
+template <int kRowBytes>
 NEMO_EXT_DEVICE uint32_t hidden_chunk(int row, int chunk) {
-  return row * 64 + (chunk ^ (row >> 1 & 3)) * kChunkBytes;
+  if constexpr (kRowBytes == 64) return row * 64 + (chunk ^ (row >> 1 & 3)) * kChunkBytes;
+  return row * 128 + (chunk ^ (row & 7)) * kChunkBytes;
 }
+template <int kRowBytes>
 NEMO_EXT_DEVICE uint32_t weight_chunk(int row, int chunk) {
-  return row * 64 + (chunk ^ (row >> 2 & 3)) * kChunkBytes;
+  if constexpr (kRowBytes == 64) return row * 64 + (chunk ^ (row >> 2 & 3)) * kChunkBytes;
+  return row * 128 + (chunk ^ ((row & 1) | (row >> 1 & 6))) * kChunkBytes;
 }
 
 // Fills one stage per call, in the order of the block's loops. Threads split a stage by rows: thread t copies
-// chunk t % 4 of rows t / 4, t / 4 + kRowsAtOnce, …
+// chunk t % kRowChunks of rows t / kRowChunks, that + kRowsAtOnce, …
 template <typename Tile>
 class Loader {
  public:
@@ -59,9 +64,9 @@ class Loader {
     for (int warp_row = 0; warp_row < Tile::kWarpRows; ++warp_row) {
       const TokenTile tile = token_tile_of<Tile>(p_, round_, warp_row, tile_);
       tokens_ |= static_cast<uint32_t>(tile.tokens > 0 ? tile.tokens : 0) << (8 * warp_row);
-      sources_[warp_row] =
-          static_cast<const Element*>(p_.hidden) + tile.prompt * p_.hidden_strides[0] +
-          (tile.first_token + thread_index() / kRowChunks - warp_row * kTileTokens) * p_.hidden_strides[1];
+      sources_[warp_row] = static_cast<const Element*>(p_.hidden) + tile.prompt * p_.hidden_strides[0] +
+                           (tile.first_token + thread_index() / kRowChunks - warp_row * Tile::kTileTokens) *
+                               p_.hidden_strides[1];
     }
   }
 
@@ -81,21 +86,22 @@ class Loader {
     const int row = thread_index() / kRowChunks;
     const int chunk = thread_index() % kRowChunks;
     const int64_t feature = int64_t(step_) * Tile::kStepFeatures + chunk * kChunkElements;
-    const uint32_t hidden = stage + hidden_chunk(row, chunk);
+    const uint32_t hidden = stage + hidden_chunk<Tile::kStepBytes>(row, chunk);
 #pragma unroll
     for (int first = 0; first < Tile::kTokens; first += kRowsAtOnce) {
       if (Tile::kTokens % kRowsAtOnce != 0 && first + row >= Tile::kTokens) break;
       // The rows that the threads copy at once belong to one token tile or to two.
-      const int low = first / kTileTokens;
-      const int high = low < Tile::kWarpRows - 1 ? (first + kRowsAtOnce - 1) / kTileTokens : low;
-      const bool in_high = low != high && first + row >= high * kTileTokens;
+      const int low = first / Tile::kTileTokens;
+      const int high = low < Tile::kWarpRows - 1 ? (first + kRowsAtOnce - 1) / Tile::kTileTokens : low;
+      const bool in_high = low != high && first + row >= high * Tile::kTileTokens;
       const Element* source = (in_high ? sources_[high] : sources_[low]) + first * p_.hidden_strides[1];
       const int warp_row = in_high ? high : low;
       const int tokens = static_cast<int>(tokens_ >> (8 * warp_row) & 0xff);
       copy(hidden + first * Tile::kStepBytes, source, feature, p_.hidden_strides[2],
-           first + row - warp_row * kTileTokens < tokens);
+           first + row - warp_row * Tile::kTileTokens < tokens);
     }
-    const uint32_t weight = stage + Tile::kTokens * Tile::kStepBytes + weight_chunk(row, chunk);
+    const uint32_t weight =
+        stage + Tile::kTokens * Tile::kStepBytes + weight_chunk<Tile::kStepBytes>(row, chunk);
     const Element* source =
         static_cast<const Element*>(p_.weight) + int64_t(first_neuron_ + row) * p_.weight_strides[0];
 #pragma unroll

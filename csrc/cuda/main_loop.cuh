@@ -13,7 +13,6 @@ namespace nemo_ext::cuda {
 
 // An mma tile has 16 tokens and 8 neurons. A token tile has kMmaRows of them below each other.
 constexpr int kMmaTokens = 16;
-constexpr int kMmaRows = kTileTokens / kMmaTokens;
 
 // The accumulators of one warp: kTileTokens × kWarpNeurons values, divided among 32 lanes. Each lane holds
 // kTokens tokens for each of kGroups groups of kGroupNeurons adjacent neurons. The functions `token` and
@@ -25,7 +24,8 @@ constexpr int kMmaRows = kTileTokens / kMmaTokens;
 template <typename Tile>
 class Accumulators {
  public:
-  static constexpr int kTokens = kTileTokens / 8;  // each lane has two of the 16 rows of an mma tile
+  static constexpr int kMmaRows = Tile::kTileTokens / kMmaTokens;
+  static constexpr int kTokens = 2 * kMmaRows;  // each lane has two of the 16 rows of an mma tile
   static constexpr int kGroupNeurons = 4;
   static constexpr int kGroups = Tile::kWarpNeurons / 16;
 
@@ -156,7 +156,7 @@ NEMO_EXT_DEVICE void multiply(int stage, const WarpPosition<Tile>& warp, Accumul
   // hidden these are the upper and the lower eight rows in the left chunk, then in the right chunk. Of weight
   // they are the left and the right chunk of one mma tile, then of the other.
   constexpr int kMmaTileBytes = kMmaTokens * Tile::kStepBytes;  // the swizzle repeats after 16 rows
-  const int hidden_row = warp.row * kTileTokens + lane % 16;
+  const int hidden_row = warp.row * Tile::kTileTokens + lane % 16;
   const int weight_row = warp.block_neuron + lane % 8 / 2 * 4 + lane / 16 * 2 + lane % 2;
   // For float32 the unrolled loop would need more registers than there are.
 #pragma unroll(sizeof(typename Tile::Element) == 2 ? 2 : 1)
@@ -164,12 +164,14 @@ NEMO_EXT_DEVICE void multiply(int stage, const WarpPosition<Tile>& warp, Accumul
     WeightFragments<typename Tile::Element, kGroups> weights;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      weights.load(group, weight + weight_chunk(weight_row, chunk + lane / 8 % 2) + group * kMmaTileBytes);
+      weights.load(group, weight + weight_chunk<Tile::kStepBytes>(weight_row, chunk + lane / 8 % 2) +
+                              group * kMmaTileBytes);
     }
 #pragma unroll
-    for (int row = 0; row < kMmaRows; ++row) {
+    for (int row = 0; row < Accumulators<Tile>::kMmaRows; ++row) {
       uint32_t tokens[4];
-      load_matrices(tokens, hidden + hidden_chunk(hidden_row, chunk + lane / 16) + row * kMmaTileBytes);
+      load_matrices(tokens, hidden + hidden_chunk<Tile::kStepBytes>(hidden_row, chunk + lane / 16) +
+                                row * kMmaTileBytes);
       weights.multiply(tokens, accumulators.mma_tiles[row]);
     }
   }

@@ -43,10 +43,10 @@ struct Merge {
   double* m2;
 };
 
-// A token tile is up to 80 tokens of one prompt, and one warp computes all of them. 80 rows are five mma
-// tiles of 16 rows, enough for the 77 tokens of a CLIP text; longer texts have several token tiles. Because
-// no two warps share a token, the sum over the tokens of a tile is a reduction inside one warp.
-constexpr int kTileTokens = 80;
+// A token tile is up to kTileTokens tokens of one prompt, and one warp computes all of them. 80 rows are five
+// mma tiles of 16 rows, enough for the 77 tokens of a CLIP text; longer texts have several token tiles.
+// Because no two warps share a token, the sum over the tokens of a tile is a reduction inside one warp.
+constexpr int kLeastTileTokens = 16;
 
 enum class Shape {
   Wide,     // 320 tokens: the least traffic from the L2 cache
@@ -54,6 +54,7 @@ enum class Shape {
   Narrow,   // 80 tokens: more blocks still
   Strided,  // as Narrow, but loads single elements: any strides, any alignment, any in_features
   Loaded,   // as Narrow, for products that a library has computed
+  Small,    // 16 tokens: five times the blocks, for small calls that do not reduce over tokens
 };
 
 // What a block computes at a time. docs/kernels.md derives the sizes.
@@ -68,16 +69,21 @@ struct BlockTile {
   static constexpr int kWarpColumns = kLarge ? 2 : 4;
   static constexpr int kWarpNeurons = kLarge ? (sizeof(T) == 2 ? 64 : 32) : 16;
 
+  static constexpr int kTileTokens = kShape == Shape::Small ? kLeastTileTokens : 80;
+
   static constexpr int kThreads = kWarpSize * kWarpRows * kWarpColumns;
   static constexpr int kTokens = kWarpRows * kTileTokens;
   static constexpr int kNeurons = kWarpColumns * kWarpNeurons;
 
   // Blocks that shall be resident on one multiprocessor: the compiler's register budget follows from it.
-  static constexpr int kBlocks = kShape == Shape::Wide ? 1 : kShape == Shape::Medium ? 2 : 3;
+  static constexpr int kBlocks = kShape == Shape::Wide     ? 1
+                                 : kShape == Shape::Medium ? 2
+                                 : kShape == Shape::Small  ? 4
+                                                           : 3;
 
   // A stage holds the operands of one step of the main loop: kStepBytes of in_features for every token and
   // every neuron of the tile.
-  static constexpr int kStepBytes = 64;
+  static constexpr int kStepBytes = kShape == Shape::Small ? 128 : 64;
   static constexpr int kStepFeatures = kStepBytes / sizeof(T);
   static constexpr int kStages = kShape == Shape::Wide ? 3 : kShape == Shape::Loaded ? 0 : 4;
   static constexpr int kStageBytes = (kTokens + kNeurons) * kStepBytes;
@@ -106,13 +112,14 @@ constexpr int resident_blocks(const Gpu& gpu) {
   return fitting < 1 ? 1 : fitting < Tile::kBlocks ? fitting : Tile::kBlocks;
 }
 
-// The clocks for which one block occupies its multiprocessor in one step of the main loop, by the bounds that
-// docs/kernels.md derives for an A100. For 32 bytes of in_features, half a step, a block needs:
+// The clocks for which one block occupies its multiprocessor for 64 bytes of in_features, by the bounds that
+// docs/kernels.md derives for an A100. For 32 bytes, a block needs:
 //
 //             tensor cores, 16-bit   float32   shared memory, 16-bit   float32   L2 cache, 16-bit   float32
 //   Wide                640 clocks       960              400 clocks       320       14,336 bytes    12,288
 //   Medium              320 clocks       480              216 clocks       168        9,216 bytes     7,168
 //   Narrow               80 clocks       240              132 clocks       132        4,608 bytes     4,608
+//   Small                16 clocks        48               52 clocks        52        2,560 bytes     2,560
 //
 // The larger one of tensor cores and shared memory is the bound. Smaller tiles load more bytes for a value;
 // kTrafficMargin, in percent, stands for their cost. It is a choice and has not been measured. Strided, which
@@ -122,6 +129,7 @@ template <typename T, Shape kShape>
 constexpr int step_clocks(BlockTile<T, kShape>) {
   constexpr bool is_short = sizeof(T) == 2;
   if (kShape == Shape::Wide) return 2 * (is_short ? 640 : 960);
+  if (kShape == Shape::Small) return 2 * 52 * (100 + kTrafficMargin) / 100;
   const int bound = 2 * (kShape == Shape::Medium ? (is_short ? 320 : 480) : (is_short ? 132 : 240));
   return bound * (100 + kTrafficMargin) / 100;
 }
@@ -131,10 +139,11 @@ constexpr int step_clocks(BlockTile<T, kShape>) {
 // ldmatrix and mma.sync add up to. It has not been measured.
 constexpr int kWaitClocks = 100;
 
-// The clocks of a multiprocessor for one step of each of its blocks, of which `resident` run at a time.
-constexpr int64_t multiprocessor_clocks(int64_t blocks, int64_t resident, int64_t step) {
+// The clocks of a multiprocessor for 64 bytes of in_features of each of its blocks, of which `resident` run
+// at a time. `wait` is kWaitClocks, or half of it if a step has twice the bytes.
+constexpr int64_t multiprocessor_clocks(int64_t blocks, int64_t resident, int64_t step, int64_t wait) {
   const auto together = [&](int64_t count) {
-    const int64_t alone = step + kWaitClocks;
+    const int64_t alone = step + wait;
     return count == 0 ? 0 : count * step < alone ? alone : count * step;
   };
   return blocks / resident * together(resident) + together(blocks % resident);
@@ -153,6 +162,8 @@ auto with_block_tile(Element element, Shape shape, Function&& function) {
         return function(BlockTile<T, Shape::Narrow>{});
       case Shape::Strided:
         return function(BlockTile<T, Shape::Strided>{});
+      case Shape::Small:
+        return function(BlockTile<T, Shape::Small>{});
       default:
         return function(BlockTile<T, Shape::Loaded>{});
     }
@@ -187,7 +198,8 @@ constexpr int64_t kMostBlocksPerMultiprocessor = 8;
 inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
   return with_block_tile(p.element, shape, [&](auto tile) {
     using Tile = decltype(tile);
-    const int64_t units = p.reduces_over_tokens() ? p.batch : p.batch * ceil_divide(p.tokens, kTileTokens);
+    const int64_t units =
+        p.reduces_over_tokens() ? p.batch : p.batch * ceil_divide(p.tokens, Tile::kTileTokens);
     // Without any neuron there is still one block, because the running count must grow.
     const int64_t grid_x = p.out_features > 0 ? ceil_divide(p.out_features, Tile::kNeurons) : 1;
     const int64_t most = ceil_divide(units, Tile::kWarpRows);
@@ -198,7 +210,8 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
       const int64_t grid_y = wanted < 1 ? 1 : wanted < most ? wanted : most;
       const int64_t busiest = ceil_divide(grid_x * grid_y, gpu.multiprocessors);
       const int64_t cost =
-          ceil_divide(most, grid_y) * multiprocessor_clocks(busiest, resident, step_clocks(tile));
+          ceil_divide(most, grid_y) *
+          multiprocessor_clocks(busiest, resident, step_clocks(tile), kWaitClocks * 64 / Tile::kStepBytes);
       // Among equal costs, blocks that are resident together are better than one block that does their work
       // in turn, because the epilogue of one runs beside the main loop of another. Further blocks are not:
       // a block that goes on loads ahead, a new one begins with an empty pipeline.
@@ -229,7 +242,7 @@ inline Plan plan_of_library(const Projection& p, const Gpu& gpu, int64_t product
   // Calls that don't reduce over tokens have the same launches, so that the library computes the same bits.
   const int64_t partials = at_most(prompts);
   prompts = prompts / partials * partials;
-  const int64_t tiles = ceil_divide(p.tokens, kTileTokens);
+  const int64_t tiles = ceil_divide(p.tokens, Tile::kTileTokens);
   const int64_t grid_y = p.reduces_over_tokens() ? partials : at_most(prompts * tiles);
   return {Shape::Loaded, grid_x, grid_y, grid_y, prompts, 0};
 }
@@ -286,7 +299,9 @@ inline Plan plan(const Projection& p, const Gpu& gpu) {
     return plan_of_shape(p, Shape::Strided, gpu);
   }
   Plan best = plan_of_shape(p, Shape::Wide, gpu);
-  for (const Shape shape : {Shape::Medium, Shape::Narrow}) {
+  for (const Shape shape : {Shape::Medium, Shape::Narrow, Shape::Small}) {
+    // The sum over tokens is one over a tile of 80, whose order Small does not have.
+    if (shape == Shape::Small && p.reduces_over_tokens()) continue;
     const Plan other = plan_of_shape(p, shape, gpu);
     if (other.cost < best.cost) best = other;
   }

@@ -38,7 +38,7 @@ struct Loops {
 
 template <typename Tile>
 NEMO_EXT_DEVICE Loops loops_of(const Projection& p) {
-  const int tiles = static_cast<int>(ceil_divide(p.tokens, kTileTokens));
+  const int tiles = static_cast<int>(ceil_divide(p.tokens, Tile::kTileTokens));
   const int units = static_cast<int>(p.batch) * (p.reduces_over_tokens() ? 1 : tiles);
   const int steps = static_cast<int>(ceil_divide(p.in_features, Tile::kStepFeatures));
   return {(ceil_divide(units, Tile::kWarpRows) - block_index_y() - 1) / grid_size_y() + 1,
@@ -54,14 +54,14 @@ NEMO_EXT_DEVICE TokenTile token_tile_of(const Projection& p, int round, int warp
   const int index = (round * grid_size_y() + block_index_y()) * Tile::kWarpRows + warp_row;
   int prompt = index;
   if (!p.reduces_over_tokens()) {
-    const int tiles = static_cast<int>(ceil_divide(p.tokens, kTileTokens));
+    const int tiles = static_cast<int>(ceil_divide(p.tokens, Tile::kTileTokens));
     prompt = index / tiles;
     tile = index % tiles;
   }
-  TokenTile found{prompt, tile * kTileTokens, -1};
+  TokenTile found{prompt, tile * Tile::kTileTokens, -1};
   if (prompt < p.batch) {
     const int64_t left = p.tokens - found.first_token;
-    found.tokens = static_cast<int>(left < kTileTokens ? left : kTileTokens);
+    found.tokens = static_cast<int>(left < Tile::kTileTokens ? left : Tile::kTileTokens);
   }
   return found;
 }

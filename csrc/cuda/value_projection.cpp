@@ -70,10 +70,10 @@ class Device {
 // The kernels count prompts, tokens, features, neurons and token tiles in 32 bits.
 void check_size(const Sizes& sizes) {
   constexpr int64_t kMost = int64_t(1) << 30;
-  const int64_t tiles = ceil_divide(sizes.tokens, kTileTokens);
+  const int64_t tiles = ceil_divide(sizes.tokens, kLeastTileTokens);
   if (sizes.tokens > kMost || sizes.in_features > kMost || sizes.batch > kMost ||
       (tiles > 0 && sizes.batch > kMost / tiles)) {
-    fail("hidden must have at most 2**30 tokens, features, and tiles of ", kTileTokens,
+    fail("hidden must have at most 2**30 tokens, features, and tiles of ", kLeastTileTokens,
          " tokens on CUDA, got [", sizes.batch, ", ", sizes.tokens, ", ", sizes.in_features, "]");
   }
   if (sizes.out_features > kMost) {

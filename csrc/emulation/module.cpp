@@ -53,7 +53,9 @@ std::optional<nemo_ext::cuda::Shape> shape_of(const std::optional<std::string>& 
   if (name == "narrow") return nemo_ext::cuda::Shape::Narrow;
   if (name == "strided") return nemo_ext::cuda::Shape::Strided;
   if (name == "loaded") return nemo_ext::cuda::Shape::Loaded;
-  throw std::runtime_error("shape must be wide, medium, narrow, strided, loaded or None, got " + *name);
+  if (name == "small") return nemo_ext::cuda::Shape::Small;
+  throw std::runtime_error("shape must be wide, medium, narrow, strided, loaded, small or None, got " +
+                           *name);
 }
 
 // Returns null for None.
@@ -176,7 +178,7 @@ py::dict plan(const std::string& element, int64_t batch, int64_t tokens, int64_t
   return nemo_ext::cuda::with_block_tile(p.element, found.shape, [&](auto tile) {
     using T = decltype(tile);
     py::dict facts;
-    constexpr const char* kNames[] = {"wide", "medium", "narrow", "strided", "loaded"};
+    constexpr const char* kNames[] = {"wide", "medium", "narrow", "strided", "loaded", "small"};
     facts["shape"] = kNames[static_cast<int>(found.shape)];
     facts["blocks"] = found.grid_x * found.grid_y;
     facts["warps"] = T::kThreads / nemo_ext::cuda::kWarpSize;

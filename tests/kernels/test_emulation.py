@@ -512,6 +512,16 @@ def test_shape_of_the_tile_and_number_of_blocks_change_no_bit_of_values_and_acti
             np.testing.assert_allclose(got["m2"], expected["m2"], rtol=1e-4)
 
 
+@every_large_case
+@pytest.mark.parametrize("order", ORDERS)
+def test_tiles_of_sixteen_tokens_change_no_bit_of_values(case, order):
+    inputs = op_cases.projection_inputs(case)
+    expected = project(inputs, shape="narrow")["values"]
+    for multiprocessors in (1, 132):
+        got = project(inputs, shape="small", multiprocessors=multiprocessors, order=order, seed=1)["values"]
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_kernel_adds_call_after_call_to_the_running_statistics():
     ours, exact = op_cases.running_buffers(24), op_cases.running_buffers(24)
     for batch in (17, 1, 40):
@@ -743,6 +753,10 @@ def sanitized_jobs():
             }
             inputs = op_cases.projection_inputs(case)
             jobs.append(emulation.projection_job(**inputs, **statistics, shape=shape, order="random", **settings))
+    for dtype in op_cases.DTYPES:
+        case = op_cases.Case(2, 37, 104, 70, dtype, "same", "per_prompt", False, "contiguous")
+        inputs = op_cases.projection_inputs(case)
+        jobs.append(emulation.projection_job(**inputs, shape="small", order="random", multiprocessors=1))
     case = op_cases.Case(3, 85, 16, 24, torch.bfloat16, "same", "none", False, "contiguous")
     inputs = op_cases.projection_inputs(case)
     jobs.append(emulation.projection_job(**inputs, order="random"))

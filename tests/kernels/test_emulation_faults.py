@@ -42,7 +42,7 @@ FAULTS = {
     "no bound on the tokens that are read": (
         "check",
         LOADER,
-        "first + row - warp_row * kTileTokens < tokens);",
+        "first + row - warp_row * Tile::kTileTokens < tokens);",
         "true);",
     ),
     "no bound on the neurons that are read": (
@@ -68,8 +68,8 @@ FAULTS = {
     "rows read with a swizzle that they were not written with": (
         "numbers forward",
         MAIN_LOOP,
-        "load_matrices(tokens, hidden + hidden_chunk(",
-        "load_matrices(tokens, hidden + weight_chunk(",
+        "load_matrices(tokens, hidden + hidden_chunk<",
+        "load_matrices(tokens, hidden + weight_chunk<",
     ),
     "the mask ignored": ("numbers forward", EPILOGUE, "if (p_.token_mask) {", "if (false) {"),
     "a prompt too few in a partial": (
