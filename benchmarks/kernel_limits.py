@@ -29,6 +29,7 @@ SIXTEEN_BITS = {"bfloat16", "float16"}
 SHAPES = ("wide", "medium", "narrow", "strided", "loaded", "small")
 REGISTERS = 65536  # per multiprocessor, on every architecture below
 BATCH, TOKENS = 64, 77  # the call in the traffic table
+TILE_TOKENS = 80  # of every tile but small
 MERGE_REGISTER_BUDGET = REGISTERS // (4 * 256)  # csrc/cuda/merge.cuh: four blocks of 256 threads
 
 
@@ -69,7 +70,7 @@ class Tile:
 
     @property
     def tile_tokens(self) -> int:
-        return 16 if self.shape == "small" else 80
+        return 16 if self.shape == "small" else TILE_TOKENS
 
     @property
     def neurons(self) -> int:
@@ -271,6 +272,21 @@ def compiled() -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         found = machine_code(Path(folder))
         return [kernel for architecture, cubin in found.items() for kernel in kernels_of(architecture, cubin)]
+
+
+def epilogue_instructions(masked: bool = False) -> int:
+    """Count the instructions of one warp for a token tile: wide, bfloat16, sm_80, as benchmarks/epilogue.cu says."""
+    source = Path(__file__).with_name("epilogue.cu")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "epilogue.cubin")
+        options = ["-std=c++20", "-O3", "-arch=sm_80", "-cubin", f"-I{source.parent.parent}", *["-DMASK"] * masked]
+        run(tool("nvcc"), *options, source, "-o", cubin)
+        listing = run(tool("nvdisasm"), "-c", cubin)
+    body = re.search(r"^\.text\.\w*epilogue\w*:\n(.*?)(?=^\s*\.section|\Z)", listing, re.S | re.M)
+    assert body is not None
+    names = [opcode(text) for text in re.findall(r"/\*[0-9a-f]+\*/\s+(.*?)\s*;", body[1])]
+    accumulators = Tile("bfloat16", "wide").warp_neurons * TILE_TOKENS // 32
+    return sum(name != "NOP" for name in names) - accumulators
 
 
 def cycles(tile: Tile, gpu: Gpu) -> tuple[float, float]:

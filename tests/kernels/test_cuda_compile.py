@@ -180,6 +180,19 @@ def test_cuxray_finds_no_spill_and_no_bank_conflict(kernels, architecture, eleme
 
 
 @pytest.mark.slow
+def test_the_epilogue_of_a_token_tile_takes_less_than_a_thousand_instructions():
+    try:
+        plain, masked = (kernel_limits.epilogue_instructions(masked) for masked in (False, True))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert plain < 1000
+    assert masked < 1000
+    document = kernel_limits.DOCUMENT.read_text()
+    if kernel_limits.nvcc_version() in document:
+        assert f"{plain} instructions for a warp and a token tile ({masked} with a mask" in document
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("_documented_compiler")
 def test_the_tables_of_the_document_are_those_of_this_build(kernels):
     if {kernel.architecture for kernel in kernels} != set(SHIPPED):
