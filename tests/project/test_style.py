@@ -32,7 +32,10 @@ def test_python_is_formatted() -> None:
 
 def test_cpp_is_formatted() -> None:
     sources = [
-        str(file) for pattern in ("*.h", "*.cpp", "*.cu", "*.cuh") for file in sorted((ROOT / "csrc").rglob(pattern))
+        str(file)
+        for pattern in ("*.h", "*.cpp", "*.cu", "*.cuh")
+        for folder in ("csrc", "benchmarks")
+        for file in sorted((ROOT / folder).rglob(pattern))
     ]
     run("clang-format", "--dry-run", "--Werror", *sources)
 
