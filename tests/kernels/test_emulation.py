@@ -409,6 +409,15 @@ def assert_running_statistics_follow(job, count):
     torch.testing.assert_close(emulation.result(job, "m2").sqrt(), deviation, rtol=1e-5, atol=1e-6 * largest)
 
 
+def assert_as_exact_as_a_sum(job, inputs, mask, running):
+    """Compare all results of a job with float64, and their errors with those of sums in float32."""
+    exact_values, exact_activation = reference.value_projection_stats(**inputs, token_mask=mask, **running)
+    assert_running_statistics_follow(job, len(inputs["hidden"]))
+    yardstick.assert_as_exact(emulation.result(job, "values"), yardstick.values(**inputs), exact_values)
+    stated = yardstick.activation(**{name: inputs[name] for name in ("hidden", "weight", "bias")}, mask=mask)
+    yardstick.assert_as_exact(emulation.result(job, "activation"), stated, exact_activation)
+
+
 @every_setting
 @every_case_with_tokens
 def test_kernel_is_as_exact_as_a_sum_in_float32(case, setting):
@@ -416,12 +425,7 @@ def test_kernel_is_as_exact_as_a_sum_in_float32(case, setting):
     running = op_cases.running_buffers(case.out_features)
     shape = widest_shape(case) if setting == "reverse" else None
     job = project(inputs, token_mask=mask, running=running, shape=shape, **SETTINGS[setting])
-    exact_values, exact_activation = reference.value_projection_stats(**inputs, token_mask=mask, **running)
-    assert_running_statistics_follow(job, case.batch)
-    yardstick.assert_as_exact(emulation.result(job, "values"), yardstick.values(**inputs), exact_values)
-    inputs.pop("scale")
-    stated = yardstick.activation(**inputs, mask=mask)
-    yardstick.assert_as_exact(emulation.result(job, "activation"), stated, exact_activation)
+    assert_as_exact_as_a_sum(job, inputs, mask, running)
 
 
 # How much too small the mean activation is on an A100, at most, as docs/kernels.md says: for operands of one sign,
@@ -677,12 +681,7 @@ def test_finished_products_are_as_exact_as_a_sum_in_float32(case):
     inputs, mask = op_cases.projection_inputs(case), op_cases.token_mask(case)
     running = op_cases.running_buffers(case.out_features)
     job = finished(inputs, token_mask=mask, running=running, **SETTINGS["random"])
-    exact_values, exact_activation = reference.value_projection_stats(**inputs, token_mask=mask, **running)
-    assert_running_statistics_follow(job, case.batch)
-    yardstick.assert_as_exact(emulation.result(job, "values"), yardstick.values(**inputs), exact_values)
-    inputs.pop("scale")
-    stated = yardstick.activation(**inputs, mask=mask)
-    yardstick.assert_as_exact(emulation.result(job, "activation"), stated, exact_activation)
+    assert_as_exact_as_a_sum(job, inputs, mask, running)
 
 
 @every_size
