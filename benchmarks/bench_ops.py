@@ -34,6 +34,7 @@ SHAPES = {  # (batch, in_features, out_features)
     "cuda": [(batch, text, width) for text, widths in LAYERS.items() for width in widths for batch in (8, 64, 256)],
 }
 ONE_THREAD = " on one thread"
+PATHS = ("kernel", "library")  # docs/kernels.md
 PATIENCE = 6  # seconds that one product may take: on some CPUs it is slow in half precision
 QUICK_SHAPES = [(8, 768, 640)]
 
@@ -109,14 +110,14 @@ def sides() -> dict[str, Side]:
     }
 
 
-def by_path(path: str, side: Side) -> Side:
-    """Return a side that computes on one path of the CUDA kernels (docs/kernels.md), whichever is the default."""
+def on_path(path: str, call: Callable[[Inputs], object]) -> Callable[[Inputs], object]:
+    """Return a call on one path of the CUDA kernels, whichever is the default."""
 
-    def call(inputs: Inputs) -> object:
+    def chosen(inputs: Inputs) -> object:
         with mock.patch.dict(os.environ, NEMO_EXT_CUDA_PATH=path):
-            return side.call(inputs)
+            return call(inputs)
 
-    return side._replace(call=call)
+    return chosen
 
 
 def running_buffers(out_features: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,7 +230,8 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
     compared = sides()
     if device == "cuda":
         # The second one is the yardstick of the first: the library's product, and the epilogue as a kernel over it.
-        compared |= {f"both, {path}": by_path(path, compared["both"]) for path in ("kernel", "library")}
+        both = compared["both"]
+        compared |= {f"both, {path}": both._replace(call=on_path(path, both.call)) for path in PATHS}
     calls = {name: over(side.call, inputs) for name, side in compared.items()}
     if device == "cuda" and dtype == torch.float32:
         compared["linear_tf32"] = compared["linear"]
@@ -246,7 +248,12 @@ def measure_shape(shape: tuple[int, int, int], dtype: torch.dtype, device: str, 
         calls |= {f"{name}{ONE_THREAD}": on_one_thread(calls[name]) for name in ("values", "stats", "both", "linear")}
     batch, in_features, out_features = shape
     flop = flop_of(shape)
-    times = alternate(calls, device=device, verify=lambda _: verify(inputs[0]), seconds=seconds)
+
+    def verify_paths(_results: object) -> None:
+        for check in [on_path(path, verify) for path in PATHS] if device == "cuda" else [verify]:
+            check(inputs[0])
+
+    times = alternate(calls, device=device, verify=verify_paths, seconds=seconds)
     of_one = {name: [taken / len(inputs) for taken in of_all] for name, of_all in times.items()}
     rows = []
     baselines = [name for name in ("linear", "onednn", "eager") if name in calls]

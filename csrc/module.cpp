@@ -111,11 +111,8 @@ PyObject* cuda_path(PyObject*, PyObject* arguments, PyObject* named) {
     int architecture = 0;
     require(PyArg_ParseTupleAndKeywords(arguments, named, "si", const_cast<char**>(names), &element,
                                         &architecture));
-    const std::string name = element;
-    const auto of = name == "float32"    ? nemo_ext::Element::Float32
-                    : name == "bfloat16" ? nemo_ext::Element::BFloat16
-                                         : nemo_ext::Element::Float16;
-    const bool is_kernel = nemo_ext::cuda::path_of(of, architecture) == nemo_ext::cuda::Path::Kernel;
+    const bool is_kernel = nemo_ext::cuda::path_of(nemo_ext::element_named(element), architecture) ==
+                           nemo_ext::cuda::Path::Kernel;
     return text(is_kernel ? "kernel" : "library");
   });
 }
@@ -133,12 +130,10 @@ PyMethodDef kFunctions[] = {
      "NEMO_EXT_CPU_CAPABILITY names."},
     {"best_cpu_choice", with_names(best_cpu_choice), METH_VARARGS | METH_KEYWORDS,
      "Returns the best variant and the reason for it, for a CPU with the supported variants, vendor and "
-     "family "
-     "given. Vendor and family are those that CPUID returns."},
+     "family given. Vendor and family are those that CPUID returns."},
     {"cuda_path", with_names(cuda_path), METH_VARARGS | METH_KEYWORDS,
      "Returns how the operators compute on a GPU, \"kernel\" or \"library\", for float32, bfloat16 or "
-     "float16 and "
-     "an architecture, 90 for sm_90."},
+     "float16 and an architecture, 90 for sm_90."},
     {nullptr, nullptr, 0, nullptr},
 };
 

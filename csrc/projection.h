@@ -2,10 +2,20 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace nemo_ext {
 
 enum class Element { Float32, BFloat16, Float16 };
+
+// The element with a dtype's name in Python.
+inline Element element_named(const std::string& name) {
+  if (name == "float32") return Element::Float32;
+  if (name == "bfloat16") return Element::BFloat16;
+  if (name == "float16") return Element::Float16;
+  throw std::runtime_error("element must be float32, bfloat16 or float16, got " + name);
+}
 
 // The kernels compute values = (hidden weightᵀ + bias) · scale, and for each prompt and neuron one of
 //   activation = mean over the tokens of token_mask of abs(hidden weightᵀ + bias)

@@ -44,10 +44,16 @@ def check_device(device: torch.device) -> None:
     key = device.index, os.environ.get("NEMO_EXT_CUDA_PATH", "")
     if key in _checked or torch.cuda.is_current_stream_capturing():
         return
-    for dtype in _DTYPES:
-        found = mistake(device, dtype, torch.ops.nemo_ext.value_projection_stats)
-        if found is not None:
-            raise RuntimeError(_message(device, dtype, found))
+    # The comparison has to wait for the GPU, even where that is forbidden for everything else.
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for dtype in _DTYPES:
+            found = mistake(device, dtype, torch.ops.nemo_ext.value_projection_stats)
+            if found is not None:
+                raise RuntimeError(_message(device, dtype, found))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
     _checked.add(key)
 
 

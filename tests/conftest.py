@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nemo_ext import _module, info
+from nemo_ext.ops import check_once
 
 DEVICES = ("cpu", "cuda")
 LEGS = {  # name in the marker -> name in the table
@@ -110,7 +111,17 @@ def device(request):
         pytest.fail(f"--require-device {request.param}: {reason}", pytrace=False)
     if reason:
         pytest.skip(reason)
-    return torch.device("cuda", 0) if request.param == "cuda" else torch.device(request.param)
+    if request.param != "cuda":
+        return torch.device(request.param)
+    found = torch.device("cuda", 0)
+    check_once(torch.empty(0, device=found))  # now, and not inside a test of what a call does
+    return found
+
+
+@pytest.fixture
+def _path_of_the_kernel(monkeypatch):
+    """On CUDA the kernel computes the products: a library's bits may depend on the batch, and they take memory."""
+    monkeypatch.setenv("NEMO_EXT_CUDA_PATH", "kernel")
 
 
 @pytest.fixture(autouse=True)

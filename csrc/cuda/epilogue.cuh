@@ -191,8 +191,8 @@ class Epilogue {
       float sums[kGroup] = {};
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
-        keep_order();  // keeps the loads of all tokens from being moved up, where they would fill the
-                       // registers
+        // Keeps the loads of all tokens from being moved up, where they would fill the registers.
+        keep_order();
         if (i < tokens) {
 #pragma unroll
           for (int j = 0; j < kGroup; ++j) {

@@ -1,5 +1,5 @@
-// The second way to compute a projection: a library has computed the products, and this kernel finishes them
-// with the epilogue of the first way.
+// The kernel of the path `Library`: a library has computed the products, and this kernel finishes them with
+// the epilogue of `project`.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "csrc/cuda/plan.h"
 #include "csrc/cuda/primitives.h"
 #include "csrc/cuda/tiles.cuh"
+#include "csrc/cuda/value_projection.cuh"
 
 namespace nemo_ext::cuda {
 
@@ -63,6 +64,16 @@ finish(const Projection p) {
     }
   }
   if (p.count_before) epilogue.write_partials();
+}
+
+// The kernel for a tile.
+template <typename Tile>
+constexpr auto* kernel_of() {
+  if constexpr (Tile::kStages == 0) {
+    return &finish<Tile>;
+  } else {
+    return &project<Tile>;
+  }
 }
 
 }  // namespace nemo_ext::cuda

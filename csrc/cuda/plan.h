@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "csrc/cuda/path.h"
 #include "csrc/cuda/primitives.h"
 #include "csrc/math.h"
 #include "csrc/projection.h"
@@ -188,7 +187,7 @@ struct Plan {
   int64_t grid_y;    // 0 if there is nothing to compute
   int64_t partials;  // grid_y · kWarpRows: rows of warps in the grid
   int64_t prompts;   // of one launch: all, but for Loaded
-  int64_t cost;      // clocks of the busiest multiprocessor for one step of in_features in all of its work
+  int64_t cost;      // clocks of the busiest multiprocessor for 64 bytes of in_features in all of its work
 };
 
 // The plan compares grids of 1, 2, … up to this many blocks for each multiprocessor. More blocks spread the
@@ -290,7 +289,6 @@ inline bool is_better_copied(const void* data, const int64_t* sizes, const int64
 }
 
 inline Plan plan(const Projection& p, const Gpu& gpu) {
-  if (path_of(p.element, gpu.architecture) == Path::Library) return plan_of_library(p, gpu);
   const int element_size = p.element == Element::Float32 ? 4 : 2;
   const int64_t hidden_sizes[] = {p.batch, p.tokens, p.in_features};
   const int64_t weight_sizes[] = {p.out_features, p.in_features};

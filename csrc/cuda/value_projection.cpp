@@ -14,10 +14,9 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <utility>
-#include <vector>
 
 #include "csrc/cuda/launch.h"
+#include "csrc/cuda/path.h"
 #include "csrc/operands.h"
 
 // From torch 2.13 on. It is weak, so that one binary loads with earlier ones too.
@@ -83,24 +82,35 @@ void check_size(const Sizes& sizes) {
 
 // The operand, or a copy of it that the fast kernels can load.
 Tensor loadable(const Tensor& operand) {
-  std::vector<int64_t> sizes, strides;
-  for (int64_t axis = 0; axis < operand.dim(); ++axis) {
-    sizes.push_back(operand.size(axis));
-    strides.push_back(operand.stride(axis));
+  const int axes = static_cast<int>(operand.dim());
+  int64_t sizes[3], strides[3];
+  for (int axis = 0; axis < axes; ++axis) {
+    sizes[axis] = operand.size(axis);
+    strides[axis] = operand.stride(axis);
   }
-  if (!is_better_copied(operand.const_data_ptr(), sizes.data(), strides.data(), operand.dim(),
-                        operand.element_size())) {
+  if (!is_better_copied(operand.const_data_ptr(), sizes, strides, axes,
+                        static_cast<int>(operand.element_size()))) {
     return operand;
   }
-  Tensor copy = torch::stable::new_empty(operand, sizes);
+  Tensor copy = torch::stable::new_empty(operand, operand.sizes());
   torch::stable::copy_(copy, operand);
   return copy;
 }
 
-// hidden and weight as the path that the call takes can load them.
-std::pair<Tensor, Tensor> operands_of(const Device& device, const Tensor& hidden, const Tensor& weight) {
-  if (path_of(element_of(hidden), device.gpu().architecture) == Path::Library) return {hidden, weight};
-  return {loadable(hidden), loadable(weight)};
+// The path that a call takes, with its operands as that path can load them.
+struct Route {
+  Path path;
+  Tensor hidden, weight;
+};
+
+Route route_of(const Device& device, const Tensor& hidden, const Tensor& weight) {
+  const Path path = path_of(element_of(hidden), device.gpu().architecture);
+  if (path == Path::Library) return {path, hidden, weight};
+  return {path, loadable(hidden), loadable(weight)};
+}
+
+Plan plan_of(const Route& route, const Projection& p, const Device& device) {
+  return route.path == Path::Library ? plan_of_library(p, device.gpu()) : plan(p, device.gpu());
 }
 
 // hidden weightᵀ of prompts [first, first + count) in float32, by PyTorch's library.
@@ -117,15 +127,14 @@ Tensor products_of(Tensor hidden, const Tensor& weight, int64_t first, int64_t c
 
 // Launches what the plan says. A kernel may still read products when this has returned: torch's allocator
 // reuses their memory in stream order.
-void compute(const Projection& p, const Plan& layout, const Tensor& hidden, const Tensor& weight,
-             void* stream) {
-  if (layout.shape != Shape::Loaded) {
+void compute(const Projection& p, const Plan& layout, const Route& route, void* stream) {
+  if (route.path == Path::Kernel) {
     launch(p, layout, stream);
     return;
   }
   for (int64_t first = 0; first < p.batch; first += layout.prompts) {
     const int64_t count = std::min(layout.prompts, p.batch - first);
-    const Tensor products = products_of(hidden, weight, first, count);
+    const Tensor products = products_of(route.hidden, route.weight, first, count);
     launch(launch_of(p, layout, first, count, products.const_data_ptr<float>()), layout, stream);
   }
 }
@@ -135,12 +144,12 @@ Tensor value_projection(const Tensor& hidden, const Tensor& weight, const std::o
   const Sizes sizes = check_projection(hidden, weight, bias, scale);
   check_size(sizes);
   const Device device(hidden);
-  const auto [rows, weights] = operands_of(device, hidden, weight);
-  Call call = describe(sizes, rows, weights, bias, scale);
+  const Route route = route_of(device, hidden, weight);
+  Call call = describe(sizes, route.hidden, route.weight, bias, scale);
   want_values(call, hidden);
   const Projection p{call.projection};
-  const Plan layout = plan(p, device.gpu());
-  if (layout.grid_y > 0 && sizes.out_features > 0) compute(p, layout, rows, weights, device.stream());
+  const Plan layout = plan_of(route, p, device);
+  if (layout.grid_y > 0 && sizes.out_features > 0) compute(p, layout, route, device.stream());
   return *call.values;
 }
 
@@ -150,13 +159,13 @@ Tensor value_projection_scale_gradient(const Tensor& gradient, const Tensor& hid
   check_gradient(sizes, hidden, gradient);
   check_size(sizes);
   const Device device(hidden);
-  const auto [rows, weights] = operands_of(device, hidden, weight);
-  Call call = describe(sizes, rows, weights, bias, std::nullopt);
+  const Route route = route_of(device, hidden, weight);
+  Call call = describe(sizes, route.hidden, route.weight, bias, std::nullopt);
   want_scale_gradient(call, hidden, gradient);
   const Projection p{call.projection};
-  const Plan layout = plan(p, device.gpu());
+  const Plan layout = plan_of(route, p, device);
   if (layout.grid_y > 0 && sizes.out_features > 0 && sizes.tokens > 0) {
-    compute(p, layout, rows, weights, device.stream());
+    compute(p, layout, route, device.stream());
   }
   return *call.scale_gradient;
 }
@@ -171,14 +180,14 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
   check_statistics(sizes, hidden, token_mask, count, mean, m2);
   check_size(sizes);
   const Device device(hidden);
-  const auto [rows, weights] = operands_of(device, hidden, weight);
-  Call call = describe(sizes, rows, weights, bias, scale);
+  const Route route = route_of(device, hidden, weight);
+  Call call = describe(sizes, route.hidden, route.weight, bias, scale);
   want_activation(call, hidden, token_mask);
   if (return_values) want_values(call, hidden);
 
   Projection p{call.projection};
   p.count = count.const_data_ptr<double>();
-  Plan layout = plan(p, device.gpu());
+  Plan layout = plan_of(route, p, device);
   if (layout.grid_y > 0) {
     // torch's allocator reuses memory in stream order, so that these tensors may be freed before the kernels
     // run.
@@ -190,7 +199,7 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
     p.partial_m2 = p.partial_mean + layout.partials * sizes.out_features;
     p.count_before = count_before.mutable_data_ptr<double>();
     p.refused = refused.mutable_data_ptr<int>();
-    compute(p, layout, rows, weights, device.stream());
+    compute(p, layout, route, device.stream());
     launch(Merge{sizes.batch, sizes.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
                  p.count_before, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
                  m2.mutable_data_ptr<double>()},

@@ -7,7 +7,6 @@
 
 #include "csrc/cuda/finish.cuh"
 #include "csrc/cuda/launch.h"
-#include "csrc/cuda/value_projection.cuh"
 
 namespace nemo_ext::cuda {
 namespace {
@@ -31,15 +30,6 @@ void launch_kernel(void (*kernel)(Argument), dim3 grid, int threads, int shared_
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments, shared_bytes,
                          static_cast<cudaStream_t>(stream)),
         "launch a kernel");
-}
-
-template <typename Tile>
-constexpr auto* kernel_of() {
-  if constexpr (Tile::kStages == 0) {
-    return &finish<Tile>;
-  } else {
-    return &project<Tile>;
-  }
 }
 
 }  // namespace

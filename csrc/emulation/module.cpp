@@ -39,13 +39,6 @@ void run_self_test(const std::string& name, const Words& input, Words& output, i
                            execution_of(order, seed, adder_terms, adder_extra_bits));
 }
 
-nemo_ext::Element element_of(const std::string& name) {
-  if (name == "float32") return nemo_ext::Element::Float32;
-  if (name == "bfloat16") return nemo_ext::Element::BFloat16;
-  if (name == "float16") return nemo_ext::Element::Float16;
-  throw std::runtime_error("element must be float32, bfloat16 or float16, got " + name);
-}
-
 std::optional<nemo_ext::cuda::Shape> shape_of(const std::optional<std::string>& name) {
   if (!name) return std::nullopt;
   if (name == "wide") return nemo_ext::cuda::Shape::Wide;
@@ -82,7 +75,7 @@ nemo_ext::Projection projection_of(const std::string& element, const py::array& 
         "hidden must be [batch, tokens, in_features] and weight [out_features, in_features]");
   }
   nemo_ext::Projection p{};
-  p.element = element_of(element);
+  p.element = nemo_ext::element_named(element);
   const int element_bytes = p.element == nemo_ext::Element::Float32 ? 4 : 2;
   if (hidden.itemsize() != element_bytes || weight.itemsize() != element_bytes) {
     throw std::runtime_error("hidden and weight must have elements as large as " + element);
@@ -145,7 +138,7 @@ void project_on_cpu(const std::string& element, const py::array& hidden, const p
 }
 
 py::dict tile(const std::string& element, const std::string& shape) {
-  return nemo_ext::cuda::with_block_tile(element_of(element), *shape_of(shape), [&](auto tile) {
+  return nemo_ext::cuda::with_block_tile(nemo_ext::element_named(element), *shape_of(shape), [&](auto tile) {
     using T = decltype(tile);
     py::dict facts;
     facts["threads"] = T::kThreads;
@@ -163,7 +156,7 @@ py::dict plan(const std::string& element, int64_t batch, int64_t tokens, int64_t
               int64_t out_features, bool statistics, int multiprocessors, int shared_bytes) {
   alignas(16) static char memory[16];
   nemo_ext::cuda::Projection p{};
-  p.element = element_of(element);
+  p.element = nemo_ext::element_named(element);
   p.batch = batch;
   p.tokens = tokens;
   p.in_features = in_features;

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "csrc/cuda/finish.cuh"
-#include "csrc/cuda/value_projection.cuh"
 
 namespace nemo_ext::emulation {
 namespace {
@@ -73,13 +72,7 @@ void launch(const cuda::Projection& projection, const Plan& plan, const Executio
          .threads = T::kThreads,
          .shared_bytes = T::kSharedBytes,
          .execution = execution},
-        ranges_of(projection, plan.partials), [&] {
-          if constexpr (T::kStages == 0) {
-            cuda::finish<T>(projection);
-          } else {
-            cuda::project<T>(projection);
-          }
-        });
+        ranges_of(projection, plan.partials), [&] { kernel_of<T>()(projection); });
   });
 }
 

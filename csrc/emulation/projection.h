@@ -16,15 +16,15 @@ struct Running {
   double* m2;
 };
 
-// What a library has computed for the second way: hidden weightᵀ, [batch, tokens, out_features], of which one
+// What a library has computed on its path: hidden weightᵀ, [batch, tokens, out_features], of which one
 // launch may take so many bytes.
 struct Products {
   const float* data;
   int64_t bytes;
 };
 
-// Computes as on this GPU, with `shape` or else the tile that `plan` chooses, or in the second way if there
-// are products.
+// Computes as on this GPU, with `shape` or else the tile that `plan` chooses, or on the library's path if
+// there are products.
 void project(const nemo_ext::Projection& projection, const std::optional<Products>& products,
              const Running& running, const cuda::Gpu& gpu, std::optional<cuda::Shape> shape,
              const Execution& execution);

@@ -291,7 +291,7 @@ def projection_job(
 
     It computes as on a GPU with this number of multiprocessors, with the tile that the plan chooses or with `shape`
     (wide, medium, narrow, strided). `adder` is the tensor cores' `Adder` of csrc/emulation/emulator.h: terms, and extra
-    bits. With `products`, which is hidden weightᵀ in float32, it computes in the second way, with at least so many
+    bits. With `products`, which is hidden weightᵀ in float32, it takes the library's path, with at least so many
     launches if there are as many prompts.
     """
     batch, tokens, out_features = *hidden.shape[:2], weight.shape[0]

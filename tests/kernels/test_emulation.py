@@ -667,11 +667,11 @@ def test_prompts_without_any_token_leave_the_running_statistics_as_they_were():
         assert (torch.from_numpy(job[name]) == buffer).all()
 
 
-# --- The second way: a library computes the products, and a kernel finishes them
+# --- The other path: a library computes the products, and a kernel finishes them
 
 
 def finished(inputs, *, launches=3, **settings):
-    """Run the second way, with products that are exact but for one rounding to float32."""
+    """Take the library's path, with products that are exact but for one rounding to float32."""
     products = inputs["hidden"].double() @ inputs["weight"].double().T
     return project(inputs, products=products.float(), launches=launches, **settings)
 

@@ -67,6 +67,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
+    modes = ["error"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(first_use, "_checked", set())
     monkeypatch.delenv("NEMO_EXT_CUDA_PATH", raising=False)
     return torch.device("cuda", 0)
@@ -93,6 +96,14 @@ def test_a_device_is_checked_once_for_each_choice_of_the_path(gpu, monkeypatch):
     monkeypatch.setenv("NEMO_EXT_CUDA_PATH", "kernel")
     first_use.check_device(gpu)
     assert len(checked) == 6
+
+
+def test_the_check_may_wait_for_the_gpu_where_that_is_an_error(gpu, monkeypatch):
+    modes = []
+    monkeypatch.setattr(first_use, "mistake", lambda *_: modes.append(torch.cuda.get_sync_debug_mode()))
+    first_use.check_device(gpu)
+    assert modes == ["default"] * 3
+    assert torch.cuda.get_sync_debug_mode() == "error"
 
 
 def test_nothing_is_checked_while_a_cuda_graph_is_captured(gpu, monkeypatch):
@@ -125,6 +136,11 @@ def test_the_path_follows_from_dtype_and_architecture_unless_it_is_set(
     if wanted is not None:
         monkeypatch.setenv("NEMO_EXT_CUDA_PATH", wanted)
     assert _module.cuda_path(element, architecture) == path
+
+
+def test_an_unknown_element_is_refused():
+    with pytest.raises(RuntimeError, match="element must be float32, bfloat16 or float16, got int8"):
+        _module.cuda_path("int8", 90)
 
 
 def test_an_unknown_path_is_refused(monkeypatch):

@@ -258,6 +258,7 @@ def test_statistics_that_lack_prompts_are_an_error_when_read(device):
         _ = statistics.mean
 
 
+@pytest.mark.usefixtures("_path_of_the_kernel")
 def test_activations_need_no_memory_for_the_values(device):
     """All memory that a call allocates, apart from its results, is free after the call."""
     hidden, weight = torch.randn(64, 77, 320, device=device), torch.randn(1280, 320, device=device)
@@ -272,6 +273,7 @@ def test_activations_need_no_memory_for_the_values(device):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_path_of_the_kernel")
 @pytest.mark.parametrize(
     ("batch", "in_features", "out_features"),
     [(40_000, 768, 16), (40_000, 16, 768), (2, 768, 2_900_000)],

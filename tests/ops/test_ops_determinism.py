@@ -11,12 +11,6 @@ every_dtype = pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
 
 
 @pytest.fixture
-def _path_of_the_kernel(monkeypatch):
-    """A library's bits may depend on the batch."""
-    monkeypatch.setenv("NEMO_EXT_CUDA_PATH", "kernel")
-
-
-@pytest.fixture
 def threads():
     """Return `torch.set_num_threads`. The number of threads is restored after the test."""
     before = torch.get_num_threads()

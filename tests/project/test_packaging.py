@@ -168,12 +168,14 @@ def test_a_gpu_that_is_too_old_for_the_kernels_is_named():
 
 
 def test_info_says_what_to_do_for_a_gpu_without_kernels(monkeypatch):
+    monkeypatch.delenv("NEMO_EXT_CUDA_PATH", raising=False)
     module = importlib.import_module("nemo_ext._module")
     facts = {**module.build_facts(), "cuda": "left out: no nvcc", "cuda_architectures": []}
     monkeypatch.setattr(module, "build_facts", lambda: facts)
     monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Some GPU", (9, 0), (13, 0))] * 2)
     facts = info.collect()
     assert facts["devices"] == ["cpu", "Some GPU (sm_90)", "Some GPU (sm_90)"]
+    assert facts["cuda_paths"] == {"sm_90": {"float32": "kernel", "bfloat16": "library", "float16": "library"}}
     (note,) = facts["notes"]
     assert "has no CUDA kernels (left out: no nvcc)" in note
     assert "install a CUDA toolkit and run NEMO_EXT_CUDA=1 pip install" in note
