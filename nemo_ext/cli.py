@@ -10,6 +10,8 @@ import argparse
 import codecs
 import io
 import logging
+import os
+import signal
 import sys
 import unicodedata
 import warnings
@@ -20,6 +22,7 @@ from nemo_ext import __version__
 from nemo_ext.commands import COMMANDS
 from nemo_ext.commands.shared import plain
 from nemo_ext.errors import NemoError, NemoWarning
+from nemo_ext.ranks.ranks import Ranks
 
 DESCRIPTION = """\
 Find the neurons that make a text-to-image diffusion model replicate a training image, and switch them off.
@@ -75,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
             description=command.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        subparser.set_defaults(run=command.run, when_stopped=command.WHEN_STOPPED)
+        subparser.set_defaults(run=command.run, when_stopped=command.WHEN_STOPPED, shared=command.SHARED, ranks=Ranks())
         subparser.add_argument("--debug", action="store_true", help="print the traceback if there is an error")
         command.add_arguments(subparser)
     return parser
@@ -98,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Where the home folder cannot be written to, matplotlib reports where it keeps its fonts instead.
         logging.getLogger("matplotlib").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ranks(args) as ranks:
             _print_own_warnings(args)
+            if ranks.count > 1 and not args.shared:
+                raise NemoError("this command has one process: start it without torchrun")
             args.run(args)
     except KeyboardInterrupt:
         _print_message(args, args.when_stopped.format(**vars(args)))
@@ -109,7 +114,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _print_message(args, _reason(error))
         return 1
+    finally:
+        args.ranks.leave()
     return 0
+
+
+def _ranks(args: argparse.Namespace) -> Ranks:
+    """Make `args.ranks`, the ranks that torchrun has started or a single one. Only rank 0 speaks to the user."""
+    args.ranks = ranks = Ranks.of_torchrun()
+    if ranks.count > 1:
+        # torchrun ends the other ranks in this way if one is killed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not ranks.first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it is open as long as the process
+        if not args.debug:
+            sys.stderr = sys.stdout
+    return ranks
 
 
 def _print_every_character() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -36,6 +38,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str], busy: str) -> Iterator[None]:
+    """Lock a folder for the length of the block. The operating system releases the lock when the process ends.
+
+    Args:
+        folder: the folder, which exists. It is locked itself, because a lock file would remain after the process.
+        busy: the message if another process has locked it.
+
+    Raises:
+        NemoError: another process has locked the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NemoError(busy) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF):
+                raise
+            # Some network file systems do not support locks. There, a second process is not detected.
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:

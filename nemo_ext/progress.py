@@ -26,6 +26,7 @@ class Progress:
                 MofNCompleteColumn,
                 TextColumn,
                 TimeElapsedColumn,
+                TimeRemainingColumn,
             )
             from rich.progress import (
                 Progress as RichProgress,
@@ -36,6 +37,8 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 # `enabled` has already decided, so rich must not check for a terminal again.
                 console=Console(stderr=True, force_terminal=True),
             )
@@ -59,13 +62,17 @@ class Progress:
             A function that advances the bar by a number of steps.
         """
         if self._bars is None:
-            yield lambda steps: None
+            yield nothing
             return
         identifier = self._bars.add_task(name, total=total)
         try:
             yield lambda steps: self._bars.advance(identifier, steps)
         finally:
             self._bars.remove_task(identifier)
+
+
+def nothing(steps: int) -> None:
+    """Advance no bar."""
 
 
 #: The type of the argument `progress=` of public functions; `open_progress` describes it.

@@ -27,6 +27,9 @@ class Command(typing.Protocol):
     #: The message after Ctrl-C. `{out}` is replaced by the argument `--out`, and so are the names of other arguments.
     WHEN_STOPPED: str
 
+    #: Whether the processes that torchrun has started can share the command's work. They are `args.ranks` in `run`.
+    SHARED: bool
+
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's arguments to its parser, each of them with a help text."""
 

@@ -31,6 +31,7 @@ example:
   nemo-ext bake --model ./stable-diffusion-v1-4 --neurons results --out ./stable-diffusion-v1-4-baked
 """
 WHEN_STOPPED = NOTHING_WRITTEN
+SHARED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ example:
   nemo-ext demo --out nemo-demo
 """
 WHEN_STOPPED = "stopped; run the same command again to start from the beginning"
+SHARED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

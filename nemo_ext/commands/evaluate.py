@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ext.commands.shared import (
+    SEVERAL_PROCESSES,
     add_batch_size,
     add_guidance,
     add_model,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 NAME = "evaluate"
 SUMMARY = "measure on images what the found neurons do, as the paper's tables do"
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Generate images of each memorized prompt in a results folder three times: before, with the found neurons off
 (after), and with as many random neurons of the same layers off (control). Then measure on them
 
@@ -67,11 +69,13 @@ writes  DIR/evaluation.json, DIR/evaluation.csv (prompts) and DIR/evaluation-sum
 If the command was stopped, run it again to continue. Images that exist are used again if they were made with the
 same settings.
 
+{SEVERAL_PROCESSES}
 example:
   nemo-ext evaluate --model ./stable-diffusion-v1-4 --results results --originals originals.csv \\
       --sscd sscd_disc_mixup.torchscript.pt --clip ./clip-vit-base-patch32 --reference paper
 """
 WHEN_STOPPED = "stopped; the images so far are in {results}, run the same command again to continue"
+SHARED = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +124,8 @@ def run(args: argparse.Namespace) -> None:
     check_output_folder(args.results)
     ordinary = [] if args.ordinary is None else read_prompts(args.ordinary)
     from nemo_ext.evaluate.alignment import PromptAlignment
-    from nemo_ext.evaluate.evaluation import check_prompt_sets, evaluate_results
+    from nemo_ext.evaluate.evaluation import check_prompt_sets, evaluate_results, generate_shared
+    from nemo_ext.evaluate.quality import load_feature_network
     from nemo_ext.evaluate.reference import REFERENCES
     from nemo_ext.measure.generation import Sampling
     from nemo_ext.measure.originals import read_originals
@@ -131,57 +136,75 @@ def run(args: argparse.Namespace) -> None:
     check_prompt_sets(results, originals, ordinary)
     similarity = load_image_similarity(args.sscd)
     clip = None if args.clip is None else PromptAlignment(args.clip)
+    inception = load_feature_network(args.inception) if ordinary else None
     read = None if args.statistics is None else read_statistics(args.statistics)
     pipe = load_model(args)
     statistics = None if read is None else statistics_of(read, pipe)
+    settings: dict[str, Any] = {
+        "sampling": Sampling(seeds=args.seeds, steps=args.steps, guidance=args.guidance),
+        "draws": args.draws,
+        "ordinary": ordinary,
+        "folder": args.results,
+        "batch_size": args.batch_size,
+    }
     with Progress() as bars:
+        if args.ranks.count > 1:
+            generate_shared(pipe, results, **settings, ranks=args.ranks, progress=bars)
+        detection = None
+        if ordinary:
+            detection = _detection(args, pipe, results, originals, ordinary, statistics, bars)
+        if not args.ranks.first:
+            return
         evaluation = evaluate_results(
             pipe,
             results,
             originals=originals,
             similarity=similarity,
-            sampling=Sampling(seeds=args.seeds, steps=args.steps, guidance=args.guidance),
-            draws=args.draws,
-            ordinary=ordinary,
             clip=clip,
-            inception=args.inception,
+            inception=None if isinstance(inception, str) else inception,
             statistics=statistics,
-            folder=args.results,
-            batch_size=args.batch_size,
+            **settings,
             progress=bars,
         )
-        detection = None
-        if ordinary:
-            detection = _detection(pipe, results, originals, ordinary, statistics, args.guidance, bars)
+        if detection is not None:
             evaluation = evaluation.with_detection(detection.to_dict())
     files = evaluation.save(args.results)
+    shutil.rmtree(ResultsFolder(args.results).detector_parts, ignore_errors=True)
     _print(evaluation, detection, REFERENCES.get(args.reference), originals is not None)
-    print(
-        plain(
-            f"Written: {', '.join(map(str, files))}, and images in {args.results} ({evaluation.seconds:.0f} s, "
-            f"{evaluation.reused_images} images of an earlier run)"
-        )
-    )
+    # With several ranks, this one has found the images of all of them.
+    reused = "" if args.ranks.count > 1 else f", {evaluation.reused_images} images of an earlier run"
+    written = ", ".join(map(str, files))
+    print(plain(f"Written: {written}, and images in {args.results} ({evaluation.seconds:.0f} s{reused})"))
 
 
 def _detection(
+    args: argparse.Namespace,
     pipe: Any,
     results: Sequence[Localization],
     originals: Originals | None,
     ordinary: Sequence[str],
     statistics: ActivationStatistics | None,
-    guidance: float,
     bars: Any,
 ) -> DetectionTable:
     """Measure the detectors on the memorized prompts of the results and on the ordinary prompts."""
     from nemo_ext.evaluate.detection import measure_detectors
+    from nemo_ext.results.folder import ResultsFolder
 
     # A prompt with a training image is memorized, whatever the search says. Otherwise the search is all that is known.
     memorized = [
         found.prompt for found in results if (found.memorized if originals is None else found.prompt in originals)
     ]
     prompts, labels = [*memorized, *ordinary], [True] * len(memorized) + [False] * len(ordinary)
-    return measure_detectors(pipe, prompts, labels, statistics=statistics, guidance=guidance, progress=bars)
+    return measure_detectors(
+        pipe,
+        prompts,
+        labels,
+        statistics=statistics,
+        guidance=args.guidance,
+        parts=ResultsFolder(args.results).detector_parts,
+        ranks=args.ranks,
+        progress=bars,
+    )
 
 
 # Printing.

@@ -44,6 +44,7 @@ example:
       --neurons results/neurons/0000-1b2c3d4e.json --seeds 4 --out results/images/0000-1b2c3d4e
 """
 WHEN_STOPPED = NOTHING_WRITTEN
+SHARED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

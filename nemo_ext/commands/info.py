@@ -20,6 +20,7 @@ example:
   nemo-ext info
 """
 WHEN_STOPPED = NOTHING_WRITTEN
+SHARED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nemo_ext.commands.shared import (
     PROMPT_LISTS,
+    SEVERAL_PROCESSES,
     add_model,
     add_path,
     add_prompt_list,
@@ -55,8 +56,9 @@ writes  --out DIR     DIR/results.jsonl, with one JSON object per prompt, and th
 A column or key named type or label, with values such as VM and TM, is kept with the results. With --shard, n
 machines share the work; shards that run at the same time need a folder each.
 
-If the command was stopped, run it again to continue. Prompts that are already in results.jsonl are not searched
-again.
+If the command was stopped, run it again to continue. Prompts that are already searched are not searched again.
+
+{SEVERAL_PROCESSES}
 
 example:
   nemo-ext localize --model ./stable-diffusion-v1-4 --prompts suspects.txt \\
@@ -65,6 +67,7 @@ example:
       --statistics stats.safetensors --threshold threshold.json --out results-1 --published results-1.csv
 """
 WHEN_STOPPED = "stopped; the results so far are in {out}, run the same command again to continue"
+SHARED = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,12 +157,15 @@ def run(args: argparse.Namespace) -> None:
     folder = ResultsFolder(out)
     results: list[Localization] = []
     try:
-        found_now = localizer.localize_many(texts, out=out, labels=labels)
+        found_now = localizer.localize_many(texts, out=out, labels=labels, ranks=args.ranks)
     finally:
         # This runs after Ctrl-C too, so that the neurons of each result in results.jsonl have their file.
-        if folder.results.exists():
-            results = folder.read()
-        written = folder.save_neurons(results)
+        if args.ranks.first:
+            if folder.results.exists():
+                results = folder.read()
+            written = folder.save_neurons(results)
+    if not args.ranks.first:
+        return
     if args.published is not None:
         write_published_results(args.published, zip(prompts, found_now, strict=True))
     show(

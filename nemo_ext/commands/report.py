@@ -22,6 +22,7 @@ example:
   nemo-ext report --results results --out report.html
 """
 WHEN_STOPPED = NOTHING_WRITTEN
+SHARED = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

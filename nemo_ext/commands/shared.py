@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ext.errors import NemoError, warn
+from nemo_ext.errors import NemoError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +21,15 @@ if TYPE_CHECKING:
 
 #: `WHEN_STOPPED` of the commands that write their files at the very end.
 NOTHING_WRITTEN = "stopped before anything was written; run the same command again to start from the beginning"
+
+#: `WHEN_STOPPED` of the commands that keep what is finished beside their file.
+PARTS_WRITTEN = "stopped; what is finished is in {out}.parts, run the same command again to continue"
+
+#: A paragraph for the descriptions of the commands whose work several processes can share.
+SEVERAL_PROCESSES = """\
+Several GPUs, or several machines with one file system, share the work if torchrun starts the command:
+torchrun --nproc-per-node N -m nemo_ext ... (docs/scale.md).
+"""
 
 #: A paragraph for the descriptions of the commands that read lists of prompts.
 PROMPT_LISTS = """\
@@ -288,44 +296,17 @@ def load_model(args: argparse.Namespace) -> Any:
     """
     import torch
 
+    from nemo_ext.commands.devices import usable_device
     from nemo_ext.models.loading import load_pipeline
 
     quiet_libraries()
     return load_pipeline(
         args.model,
-        device=_usable_device(args.device),
+        device=usable_device(args.device, args.ranks),
         dtype=getattr(torch, args.dtype),
         clip_skip=args.clip_skip,
         latent_size=args.latent_size,
     )
-
-
-def _usable_device(wanted: str | None) -> str:
-    """Return `wanted` if the operators run on that device. For None, return CUDA if they run there, else the CPU.
-
-    A GPU on which they do not run is not left out silently, because the CPU can take hours for what a GPU does in
-    minutes.
-    """
-    from nemo_ext import info
-
-    # `nemo_ext.ops` is imported first. If compiled modules are missing, its error says what to do; `_module` has none.
-    importlib.import_module("nemo_ext.ops")
-    build = importlib.import_module("nemo_ext._module").build_facts()
-    found = [] if wanted == "cpu" else info.gpus()
-    device = wanted
-    if device is None:
-        obstacle = info.cuda_obstacle(build, found[0]) if found else None
-        if obstacle is not None:
-            warn(f"the CPU is used, although there is a GPU: {obstacle}; or say --device cpu")
-        device = "cuda" if found and obstacle is None else "cpu"
-    if device != "cpu":
-        index = int(device.partition(":")[2] or 0)
-        if index >= len(found):
-            raise NemoError(f"--device {device}: PyTorch sees {len(found)} CUDA devices; use --device cpu")
-        obstacle = info.cuda_obstacle(build, found[index])
-        if obstacle is not None:
-            raise NemoError(f"--device {device}: {obstacle}; or use --device cpu")
-    return device
 
 
 def quiet_libraries() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 
 from nemo_ext.commands.shared import (
-    NOTHING_WRITTEN,
+    PARTS_WRITTEN,
     PROMPT_LISTS,
+    SEVERAL_PROCESSES,
     add_batch_size,
     add_model,
     add_path,
@@ -27,16 +29,19 @@ of LAION; a few thousand are enough. The captions must not be ones that you susp
 reads   --model    a diffusers folder (StableDiffusionPipeline, safetensors)
         --prompts  a list of captions
 writes  --out      the statistics, a .safetensors file, which can be used with this model only; or a .pt file for
-                   the published scripts, which has the means and the deviations alone
+                   the published scripts, which has the means and the deviations alone; what is finished before
+                   that is in OUT.parts, so that the same command continues if it was stopped
 
 {PROMPT_LISTS}
 In Python, `ActivationStatistics.merge` combines the statistics of several shards.
 
+{SEVERAL_PROCESSES}
 example:
   nemo-ext stats --model ./stable-diffusion-v1-4 --prompts captions.txt --out stats.safetensors
   nemo-ext stats --model ./stable-diffusion-v1-4 --prompts laion.csv --limit 5000 --out statistics_v1_4.pt
 """
-WHEN_STOPPED = NOTHING_WRITTEN
+WHEN_STOPPED = PARTS_WRITTEN
+SHARED = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,12 +66,18 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_model(args)
     from nemo_ext.measure.published import ENDING, PublishedStatistics
     from nemo_ext.measure.statistics import collect_statistics
+    from nemo_ext.ranks.parts import parts_beside
 
-    statistics = collect_statistics(pipe, prompts, batch_size=args.batch_size, layers=args.layers)
+    statistics = collect_statistics(
+        pipe, prompts, batch_size=args.batch_size, layers=args.layers, parts=parts_beside(out), ranks=args.ranks
+    )
+    if not args.ranks.first:
+        return
     if out.suffix == ENDING:
         PublishedStatistics.of(statistics).save(out)
     else:
         statistics.save(out)
+    shutil.rmtree(parts_beside(out))
     table = new_table(f"Activation over {statistics.count} captions", "layer", "neurons", "mean", "std")
     for layer, mean in statistics.mean.items():
         std = statistics.std[layer]

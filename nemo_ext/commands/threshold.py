@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from typing import TYPE_CHECKING
 
 from nemo_ext.commands.shared import (
-    NOTHING_WRITTEN,
+    PARTS_WRITTEN,
     PROMPT_LISTS,
+    SEVERAL_PROCESSES,
     add_guidance,
     add_model,
     add_path,
@@ -37,13 +39,16 @@ second threshold to verify that a memorized image no longer comes back.
 
 reads   --model    a diffusers folder
         --prompts  a list of two or more captions that are not memorized
-writes  --out      the threshold with all scores and settings, a JSON file
+writes  --out      the threshold with all scores and settings, a JSON file; what is finished before that is in
+                   OUT.parts, so that the same command continues if it was stopped
 
 {PROMPT_LISTS}
+{SEVERAL_PROCESSES}
 example:
   nemo-ext threshold --model ./stable-diffusion-v1-4 --prompts captions.txt --limit 100 --out threshold.json
 """
-WHEN_STOPPED = NOTHING_WRITTEN
+WHEN_STOPPED = PARTS_WRITTEN
+SHARED = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_model(args)
     from nemo_ext.measure.protocol import Protocol
     from nemo_ext.measure.threshold import memorization_threshold
+    from nemo_ext.ranks.parts import parts_beside
 
     threshold = memorization_threshold(
         pipe,
@@ -99,8 +105,13 @@ def run(args: argparse.Namespace) -> None:
         sampling=None if args.no_images else Sampling(args.image_seeds, steps=args.steps, guidance=args.guidance),
         similarity=similarity,
         image_prompts=args.image_prompts,
+        parts=parts_beside(out),
+        ranks=args.ranks,
     )
+    if not args.ranks.first:
+        return
     threshold.save(out)
+    shutil.rmtree(parts_beside(out))
     table = new_table("Memorization threshold", "what", "prompts", "seeds", "mean", "std", "highest", "τ")
     rows: list[tuple[str, Threshold | ImageThreshold, int]] = [("first step", threshold, threshold.seeds)]
     if threshold.images is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +23,11 @@ from nemo_ext.evaluate.roc import (
 )
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
+from nemo_ext.models.state import model_fingerprint
 from nemo_ext.models.text import check_prompts
 from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.ranks.parts import digest_of, measure_each, open_parts
+from nemo_ext.ranks.ranks import Ranks
 from nemo_ext.torch_state import plain_torch
 
 #: The number of bootstrap resamples, and the seed with which they are drawn.
@@ -207,6 +212,8 @@ def measure_detectors(
     steps: int = 10,
     guidance: float | None = None,
     batch_size: int | None = None,
+    parts: str | os.PathLike[str] | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressLike = None,
 ) -> DetectionTable:
     """Measure how well each detector of `nemo_ext.evaluate.detectors` recognizes memorized prompts.
@@ -227,6 +234,9 @@ def measure_detectors(
         guidance: the scale of classifier-free guidance; None: the default of the pipeline's `__call__`.
         batch_size: latents in one call of the denoiser. It changes the result by rounding only. None: as many as
             memory allows (`fitting_batch_size`), at most `seeds`.
+        parts: a folder for what is finished, so that the same call continues after it was stopped. It stays; delete it
+            when the table is saved. None: nothing is written.
+        ranks: the processes that share the prompts (docs/scale.md), all of which make this call; None: this one alone.
         progress: as for `nemo_ext.progress.open_progress`.
 
     Returns:
@@ -250,11 +260,33 @@ def measure_detectors(
         guidance=guidance,
         batch_size=batch_size,
     )
-    found: list[Mapping[Detector, float]] = []
-    with open_progress(progress) as bars, bars.task("detectors", len(texts)) as advance:
-        for text in texts:
-            found.append(runs.scores(text))
-            advance(1)
+
+    def measure(place: int) -> dict[str, Any]:
+        before = runs.samples
+        scores = runs.scores(texts[place])
+        # As text, because a z-score can be infinite, and JSON has no such number.
+        return {"scores": {one.name: repr(score) for one, score in scores.items()}, "samples": runs.samples - before}
+
+    prepared = runs.samples
+    with ExitStack() as stack:
+        bars = stack.enter_context(open_progress(progress))
+        advance = stack.enter_context(bars.task("detectors", len(texts)))
+        settings = {
+            "model": model_fingerprint(pipe),
+            "prompts": digest_of(texts),
+            "statistics": None if statistics is None else statistics.digest(),
+            "protocol": protocol.to_dict(),
+            "seeds": seeds,
+            "steps": steps,
+            "guidance": runs.guidance,
+        }
+        ranks = ranks or Ranks()
+        folder = stack.enter_context(open_parts(parts, settings, ranks))
+        parts_of_all = measure_each(len(texts), "detectors", measure, dict, folder, ranks, advance)
+    found = [
+        {one: float(part["scores"][one.name]) for one in DETECTORS if one.name in part["scores"]}
+        for part in parts_of_all
+    ]
     alone = runs.samples_alone()
     measured = [
         MeasuredDetector(detector, alone[detector], reason=runs.unavailable[detector])
@@ -262,8 +294,8 @@ def measure_detectors(
         else MeasuredDetector(detector, alone[detector], scores=tuple(scores[detector] for scores in found))
         for detector in DETECTORS
     ]
-    settings = DetectionSettings(protocol, seeds, steps, runs.guidance, runs.samples)
-    return detection_table(measured, labels, settings=settings)
+    samples = prepared + sum(part["samples"] for part in parts_of_all)
+    return detection_table(measured, labels, settings=DetectionSettings(protocol, seeds, steps, runs.guidance, samples))
 
 
 def _checked_labels(memorized: Sequence[bool]) -> tuple[bool, ...]:

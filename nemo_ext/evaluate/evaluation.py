@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_ext.errors import NemoError
 from nemo_ext.evaluate.alignment import WHERE_FROM as CLIP_WHERE_FROM
 from nemo_ext.evaluate.alignment import PromptAlignment
-from nemo_ext.evaluate.control import random_neurons
 from nemo_ext.evaluate.diversity import seed_similarity
 from nemo_ext.evaluate.images import ImageMaker, write_image
+from nemo_ext.evaluate.plan import Plan
 from nemo_ext.evaluate.quality import FeatureNetwork, distances, load_feature_network
 from nemo_ext.evaluate.replication import OriginalComparison, load_pdq, same_seed_similarity
 from nemo_ext.evaluate.table import Evaluation, OrdinaryEvaluation, PromptEvaluation, StageMeasures
@@ -20,11 +21,12 @@ from nemo_ext.measure.generation import Sampling
 from nemo_ext.measure.image_similarity import ImageSimilarity, PixelSimilarity
 from nemo_ext.measure.originals import Originals
 from nemo_ext.measure.statistics import ActivationStatistics
-from nemo_ext.models.layers import value_layers
 from nemo_ext.models.state import model_fingerprint
 from nemo_ext.models.text import check_prompts
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.progress import ProgressLike, nothing, open_progress
+from nemo_ext.ranks.parts import digest_of
+from nemo_ext.ranks.ranks import Ranks
 from nemo_ext.results.folder import ORIGINAL, ResultsFolder
 from nemo_ext.results.record import Localization
 from nemo_ext.torch_state import plain_torch
@@ -95,10 +97,10 @@ def evaluate_results(
     with open_progress(progress) as bars, bars.task("images", images) as advance:
         maker = ImageMaker(pipe, sampling, batch_size=batch_size, stored=folder is not None, advance=advance)
         stored = None if folder is None else ResultsFolder(folder)
-        run = _Run(pipe, maker, tools, sampling.all_seeds, draws, batch_size, stored)
+        run = _Run(maker, tools, Plan(pipe, sampling.all_seeds, draws, stored), stored)
         evaluated = tuple(run.prompt(index, found) for index, found in memorized)
         union = NeuronSet.union(found.neurons for _, found in memorized)
-        on_ordinary = run.ordinary(prompts, union) if prompts else None
+        on_ordinary = run.ordinary(prompts, union, batch_size) if prompts else None
     assert sampling.guidance is not None
     return Evaluation(
         prompts=evaluated,
@@ -200,40 +202,67 @@ class _Tools:
                     )
 
 
+@plain_torch()
+def generate_shared(
+    pipe: Any,
+    results: Sequence[Localization],
+    *,
+    sampling: Sampling,
+    draws: int,
+    ordinary: Sequence[str],
+    folder: str | os.PathLike[str],
+    batch_size: int,
+    ranks: Ranks,
+    progress: ProgressLike = None,
+) -> None:
+    """Generate the images of an evaluation with several ranks (docs/scale.md). `evaluate_results` then reads them.
+
+    Args:
+        pipe, results, sampling, draws, ordinary, folder, batch_size, progress: as for `evaluate_results`.
+        ranks: the ranks, all of which make this call with the same arguments.
+
+    Raises:
+        NemoError: a rank has other arguments or is lost, or as for `evaluate_results`.
+    """
+    check_model(pipe, [found for found in results if found.memorized], None)
+    sampling = sampling.resolved(pipe)
+    ranks.agree(
+        {
+            "model": model_fingerprint(pipe),
+            "way to generate": str(sampling),
+            "list of results": digest_of([f"{found.prompt} {found.neurons}" for found in results]),
+            "list of ordinary prompts": digest_of(ordinary),
+        }
+    )
+    plan = Plan(pipe, sampling.all_seeds, draws, ResultsFolder(folder))
+    memorized = [(index, found) for index, found in enumerate(results) if found.memorized]
+    # All stages of a prompt are one unit, because one file has the settings of all of them.
+    units = [plan.of_prompt(index, found) for index, found in memorized]
+    units += plan.of_ordinary(ordinary, NeuronSet.union(found.neurons for _, found in memorized), batch_size)
+    with open_progress(progress) as bars, bars.task("images of prompts", len(units)) as advance:
+        maker = ImageMaker(pipe, sampling, batch_size=batch_size, stored=True, advance=nothing)
+        for stages in ranks.units(units, advance):
+            for stage in stages:
+                maker.make(stage)
+
+
 class _Run:
     """Generates and measures, prompt by prompt, so that only one prompt's images are in memory."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        maker: ImageMaker,
-        tools: _Tools,
-        seeds: Sequence[int],
-        draws: int,
-        batch_size: int,
-        folder: ResultsFolder | None,
-    ) -> None:
-        self._batch_size = batch_size
-        self._maker = maker
-        self._tools = tools
-        self._seeds = seeds
-        self._draws = draws
-        self._folder = folder
-        self._widths = {name: layer.out_features for name, layer in value_layers(pipe, "all").items()}
+    def __init__(self, maker: ImageMaker, tools: _Tools, plan: Plan, folder: ResultsFolder | None) -> None:
+        self._maker, self._tools, self._plan, self._folder = maker, tools, plan, folder
 
     def prompt(self, index: int, found: Localization) -> PromptEvaluation:
         """Evaluate one memorized prompt; `index` is its position in results.jsonl."""
         originals = self._tools.originals
-        folder = None if self._folder is None else self._folder.evaluated_folder(index, found.prompt)
         if self._folder is not None and originals is not None and found.prompt in originals:
             write_image(self._folder.images_folder(index, found.prompt) / ORIGINAL, originals[found.prompt][0])
         untouched: Any = None
         stages = []
-        sets = [("before", NeuronSet()), ("after", found.neurons), *self._controls(found.neurons, found.prompt)]
-        for stage, neurons in sets:
-            images = self._maker.make(found.prompt, stage, self._seeds, neurons, folder)
+        for stage in self._plan.of_prompt(index, found):
+            images = self._maker.make(stage)
             described = self._tools.similarity.describe(images)
-            stages.append(self._measure(found.prompt, images, described, untouched, len(neurons)))
+            stages.append(self._measure(found.prompt, images, described, untouched, len(stage.neurons)))
             untouched = described if untouched is None else untouched
         return PromptEvaluation(
             index=index,
@@ -244,12 +273,6 @@ class _Run:
             after=stages[1],
             controls=tuple(stages[2:]),
         )
-
-    def _controls(self, neurons: NeuronSet, prompt: str) -> list[tuple[str, NeuronSet]]:
-        return [
-            (f"control-{draw}", random_neurons(neurons, self._widths, seed=f"{draw} {prompt}"))
-            for draw in range(1, self._draws + 1)
-        ]
 
     def _measure(
         self, prompt: str, images: Sequence[Image], described: Any, untouched: Any, neurons: int
@@ -263,36 +286,24 @@ class _Run:
             alignment=None if tools.clip is None else tools.clip.measure(prompt, images),
         )
 
-    def ordinary(self, prompts: Sequence[str], union: NeuronSet) -> OrdinaryEvaluation:
+    def ordinary(self, prompts: Sequence[str], union: NeuronSet, batch_size: int) -> OrdinaryEvaluation:
         """Evaluate the union of all found neurons on ordinary prompts, with one seed for each prompt."""
         tools = self._tools
-        control = random_neurons(union, self._widths, seed="ordinary prompts")
-        stages = {"before": NeuronSet(), "after": union, "control-1": control}
-        same_seed: dict[str, list[float]] = {stage: [] for stage in stages}
-        alignment: dict[str, list[float]] = {stage: [] for stage in stages}
-        features: dict[str, list[Any]] = {stage: [] for stage in stages}
-        # Different seeds, so that no two prompts' images depend on the same noise.
-        wanted = [
-            (
-                prompt,
-                self._seeds[0] + index,
-                None if self._folder is None else self._folder.ordinary_folder(index, prompt),
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        for start in range(0, len(wanted), self._batch_size):
-            batch = wanted[start : start + self._batch_size]
+        same_seed, alignment, features = (defaultdict[str, list[Any]](list) for _ in range(3))
+        off: dict[str, int] = {}
+        for stages in self._plan.of_ordinary(prompts, union, batch_size):
             untouched: Any = None
-            for stage, neurons in stages.items():
-                images = self._maker.make_each(batch, stage, neurons)
+            for stage in stages:
+                images = self._maker.make(stage)
                 described = tools.similarity.describe(images)
                 untouched = described if untouched is None else untouched
-                same_seed[stage] += same_seed_similarity(tools.similarity, untouched, described)
+                off[stage.name] = len(stage.neurons)
+                same_seed[stage.name] += same_seed_similarity(tools.similarity, untouched, described)
                 if tools.clip is not None:
-                    for (prompt, _, _), image in zip(batch, images, strict=True):
-                        alignment[stage] += tools.clip.measure(prompt, [image])
+                    for (prompt, _, _), image in zip(stage.wanted, images, strict=True):
+                        alignment[stage.name] += tools.clip.measure(prompt, [image])
                 if tools.network is not None:
-                    features[stage].append(tools.network.describe(images))
+                    features[stage.name].append(tools.network.describe(images))
         network = tools.network if len(prompts) > 1 else None
         if tools.network is not None and network is None:
             tools.omitted[tools.network.frechet] = "a distance of ordinary images needs two or more ordinary prompts"
@@ -300,7 +311,7 @@ class _Run:
         return OrdinaryEvaluation(
             prompts=len(prompts),
             neurons=len(union),
-            control_neurons=len(control),
+            control_neurons=off["control-1"],
             network=None if network is None else network.name,
             frechet=None if network is None else network.frechet,
             kernel=None if network is None else network.kernel,

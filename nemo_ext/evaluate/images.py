@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ext.errors import NemoError
+from nemo_ext.evaluate.plan import Stage
 from nemo_ext.files import replacing
 from nemo_ext.measure.generation import Sampling, generate_images, sampler_of
 from nemo_ext.models.state import model_fingerprint
@@ -58,37 +59,16 @@ class ImageMaker:
         #: How many images have been generated, and how many have been reused.
         self.generated, self.reused = 0, 0
 
-    def make(
-        self, prompt: str, stage: str, seeds: Sequence[int], neurons: NeuronSet, folder: Path | None = None
-    ) -> list[Image]:
-        """The images of one prompt at one stage, one for each seed.
-
-        Args:
-            prompt: the text.
-            stage: "before", "after" or "control-DRAW"; the files are named after it.
-            seeds: the seeds.
-            neurons: the neurons that are off.
-            folder: the folder of the prompt's images; None: nothing is read or written.
+    def make(self, stage: Stage) -> list[Image]:
+        """The images of one stage, in the order of `stage.wanted`.
 
         Raises:
             NemoError: the images are not finite, or a layer or neuron does not exist.
         """
-        return self.make_each([(prompt, seed, folder) for seed in seeds], stage, neurons)
-
-    def make_each(self, wanted: Sequence[tuple[str, int, Path | None]], stage: str, neurons: NeuronSet) -> list[Image]:
-        """The images of several prompts at one stage.
-
-        Args:
-            wanted: for each image its prompt, its seed, and the folder of the prompt's images as for `make`.
-            stage, neurons: as for `make`.
-
-        Raises:
-            NemoError: as for `make`.
-        """
+        name, neurons, wanted = stage
         settings = {prompt: self._settings(prompt, neurons) for prompt, _, _ in wanted}
         images = [
-            None if folder is None else _stored(folder, stage, seed, settings[prompt])
-            for prompt, seed, folder in wanted
+            None if folder is None else _stored(folder, name, seed, settings[prompt]) for prompt, seed, folder in wanted
         ]
         missing = [place for place, image in enumerate(images) if image is None]
         if missing:
@@ -108,7 +88,7 @@ class ImageMaker:
                 if folder is not None:
                     new.setdefault((prompt, folder), {})[seed] = image
             for (prompt, folder), of_prompt in new.items():
-                _store(folder, stage, settings[prompt], of_prompt)
+                _store(folder, name, settings[prompt], of_prompt)
         self.generated += len(missing)
         self.reused += len(wanted) - len(missing)
         self._advance(len(wanted))

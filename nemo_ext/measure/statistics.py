@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,10 +24,15 @@ from nemo_ext.models.registry import family_of
 from nemo_ext.models.state import activation_fingerprint, evaluating, name_of_model
 from nemo_ext.models.text import check_prompts
 from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.ranks.parts import digest_of, open_parts
+from nemo_ext.ranks.ranks import Ranks
 from nemo_ext.reading import PositiveCount, parse_json, read_tensors, refusing, restored
 from nemo_ext.torch_state import plain_torch
 
 _FORMAT = "nemo_ext.statistics.1"
+
+# So many batches are one part of a job. Their statistics are merged with those of the others.
+_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -328,48 +334,65 @@ def collect_statistics(
     *,
     batch_size: int = 32,
     layers: str | Sequence[str] | None = None,
+    parts: str | os.PathLike[str] | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressLike = None,
 ) -> ActivationStatistics:
     """Compute μ and σ of every neuron's activation over hold-out prompts (docs/method.md, section 2).
 
     Activations depend on the text alone, so the denoiser does not run. The same prompts in the same batches give
-    bit-identical statistics.
+    bit-identical statistics on one kind of processor, for any number of ranks, and also after a stop.
 
     Args:
         pipe: a pipeline, patched or not.
         prompts: two or more ordinary texts, which the model has not memorized.
         batch_size: the number of prompts in one call of the text encoder. It changes the result by rounding only.
         layers: as for `value_layers`.
+        parts: a folder for what is finished, so that the same call continues after it was stopped. It stays; delete it
+            when the statistics are saved. None: nothing is written.
+        ranks: the processes that share the prompts (docs/scale.md), all of which make this call; None: this one alone.
         progress: as for `nemo_ext.progress.open_progress`.
 
     Returns:
         The statistics of all neurons in the chosen layers.
 
     Raises:
-        NemoError: there are fewer than two prompts, a prompt is not text, or an activation is not finite.
+        NemoError: there are fewer than two prompts, a prompt is not text, an activation is not finite, or as for
+            `open_parts`.
     """
     texts = check_prompts(prompts)
     if len(texts) < 2:
         raise NemoError(f"a standard deviation needs two prompts or more, got {len(texts)}")
     if batch_size < 1:
         raise NemoError(f"batch_size must be 1 or more, got {batch_size}")
+    ranks = ranks or Ranks()
     keep_freed_memory()
     stack = ValueStack(value_layers(pipe, layers))
-    statistics = ActivationStatistics(
-        stack.widths,
-        fingerprint=activation_fingerprint(pipe, tuple(stack.widths)),
-        model_name=name_of_model(pipe),
-    )
+    model, name = activation_fingerprint(pipe, tuple(stack.widths)), name_of_model(pipe)
     family = family_of(pipe)
+    chunk_size = batch_size * _BATCHES
+
+    def of_chunk(start: int) -> ActivationStatistics:
+        statistics = ActivationStatistics(stack.widths, fingerprint=model, model_name=name)
+        chunk = texts[start : start + chunk_size]
+        for batch in (chunk[place : place + batch_size] for place in range(0, len(chunk), batch_size)):
+            statistics.update(family.encode(pipe, batch).hidden.to(stack.weight), stack)
+        statistics.check_finite()
+        return statistics
+
+    starts = range(0, len(texts), chunk_size)
     with ExitStack() as exit_stack:
         bars = exit_stack.enter_context(open_progress(progress))
-        advance = exit_stack.enter_context(bars.task("statistics", len(texts)))
+        advance = exit_stack.enter_context(bars.task(f"statistics, {chunk_size} prompts at a time", len(starts)))
         exit_stack.enter_context(evaluating(pipe))
         for encoder in family.text_encoders(pipe).values():
             exit_stack.enter_context(accelerated_linears(encoder))
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            statistics.update(family.encode(pipe, batch).hidden.to(stack.weight), stack)
-            advance(len(batch))
-    statistics.check_finite()
-    return statistics
+        settings = {"model": model, "layers": stack.widths, "prompts": digest_of(texts), "batch_size": batch_size}
+        folder = exit_stack.enter_context(open_parts(parts, settings, ranks))
+        if folder is None:
+            return functools.reduce(ActivationStatistics.merge, map(of_chunk, ranks.units(starts, advance)))
+        names = [f"{start:08d}.safetensors" for start in starts]
+        files = folder.do(names, lambda place, file: of_chunk(starts[place]).save(file), ranks, advance)
+        merged = functools.reduce(ActivationStatistics.merge, map(ActivationStatistics.load, files))
+        ranks.meet()  # before one of them deletes the files
+    return merged

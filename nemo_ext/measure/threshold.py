@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.score import image_score, score_of_embedding
 from nemo_ext.models.state import model_fingerprint, name_of_model
 from nemo_ext.models.text import check_prompts, encode_prompts
-from nemo_ext.progress import Progress, ProgressLike, open_progress
+from nemo_ext.progress import ProgressLike, open_progress
+from nemo_ext.ranks.parts import digest_of, measure_each, open_parts
+from nemo_ext.ranks.ranks import Ranks
 from nemo_ext.reading import PositiveCount, parse_json, refusing, restored
 from nemo_ext.torch_state import plain_torch
 
@@ -174,6 +177,8 @@ def memorization_threshold(
     sampling: Sampling | None = None,
     similarity: ImageSimilarity | None = None,
     image_prompts: int = 32,
+    parts: str | os.PathLike[str] | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressLike = None,
 ) -> Threshold:
     """Measure τ, the mean plus one std of unmemorized prompts' scores (docs/method.md, section 6).
@@ -190,60 +195,74 @@ def memorization_threshold(
         sampling: how images are generated for τ_image; None: it is not measured.
         similarity: how alike two images are; None: `PixelSimilarity()`.
         image_prompts: how many of the prompts, the first ones, have their images compared; 2 or more.
+        parts: a folder for what is finished, so that the same call continues after it was stopped. It stays; delete it
+            when the threshold is saved. None: nothing is written.
+        ranks: the processes that share the prompts (docs/scale.md), all of which make this call; None: this one alone.
         progress: as for `nemo_ext.progress.open_progress`.
 
     Returns:
         τ, with the scores of the prompts.
 
     Raises:
-        NemoError: there are fewer than two prompts, or as for `memorization_score`.
+        NemoError: there are fewer than two prompts, or as for `open_parts` and `memorization_score`.
     """
     if sampling is not None and image_prompts < 2:
         raise NemoError(f"image_prompts must be 2 or more for a standard deviation, got {image_prompts}")
     texts = check_prompts(prompts)
     if len(texts) < 2:
         raise NemoError(f"a standard deviation needs two prompts or more, got {len(texts)}")
+    ranks = ranks or Ranks()
     protocol = protocol or Protocol.paper()
     empty = encode_prompts(pipe, [""])
     guidance = (protocol.threshold_guidance, empty) if protocol.threshold_guidance != 0 else None
     if batch_size is None:
         batch_size = fitting_batch_size(pipe, empty)
-    scores, images = [], None
-    with open_progress(progress) as bars:
+    model = model_fingerprint(pipe)
+    image_texts = [] if sampling is None else texts[:image_prompts]
+    alike = similarity or PixelSimilarity()
+    sampling = None if sampling is None else sampling.resolved(pipe)
+
+    def score(place: int) -> float:
+        embedding = encode_prompts(pipe, [texts[place]])
+        return score_of_embedding(pipe, embedding, seeds, protocol, batch_size, guidance).max
+
+    def score_of_images(place: int) -> float:
+        assert sampling is not None
+        return image_score(pipe, image_texts[place], sampling, alike, batch_size=batch_size).max
+
+    with ExitStack() as stack:
+        bars = stack.enter_context(open_progress(progress))
+        settings = {
+            "model": model,
+            "prompts": digest_of(texts),
+            "seeds": seeds,
+            "protocol": protocol.to_dict(),
+            "sampling": None if sampling is None else sampling.to_dict(),
+            "similarity": alike.name,
+        }
+        folder = stack.enter_context(open_parts(parts, settings, ranks))
         with bars.task("threshold", len(texts)) as advance:
-            for text in texts:
-                embedding = encode_prompts(pipe, [text])
-                scores.append(score_of_embedding(pipe, embedding, seeds, protocol, batch_size, guidance).max)
-                advance(1)
-        if sampling is not None:
-            alike = similarity or PixelSimilarity()
-            images = _image_threshold(pipe, texts[:image_prompts], sampling.resolved(pipe), alike, batch_size, bars)
-    mean, std = mean_and_std(scores)
+            scores = measure_each(len(texts), "first-step", score, float, folder, ranks, advance)
+        with bars.task("image threshold", len(image_texts)) as advance:
+            image_scores = measure_each(len(image_texts), "images", score_of_images, float, folder, ranks, advance)
+    images = None
+    if sampling is not None:
+        images = ImageThreshold(*_tau(image_scores), tuple(image_scores), sampling, alike.name)
+    value, mean, std = _tau(scores)
     return Threshold(
-        value=mean + std,
+        value=value,
         mean=mean,
         std=std,
         scores=tuple(scores),
         seeds=seeds,
         protocol=protocol,
-        fingerprint=model_fingerprint(pipe),
+        fingerprint=model,
         model_name=name_of_model(pipe),
         images=images,
     )
 
 
-def _image_threshold(
-    pipe: Any,
-    texts: Sequence[str],
-    sampling: Sampling,
-    similarity: ImageSimilarity,
-    batch_size: int,
-    bars: Progress,
-) -> ImageThreshold:
-    scores = []
-    with bars.task("image threshold", len(texts)) as advance:
-        for text in texts:
-            scores.append(image_score(pipe, text, sampling, similarity, batch_size=batch_size).max)
-            advance(1)
+def _tau(scores: Sequence[float]) -> tuple[float, float, float]:
+    """The threshold, the mean and the standard deviation of scores."""
     mean, std = mean_and_std(scores)
-    return ImageThreshold(mean + std, mean, std, tuple(scores), sampling, similarity.name)
+    return mean + std, mean, std

@@ -1,6 +1,7 @@
 """The results folder. This is the only module that knows its files, how results are appended, and how it is locked.
 
-    results.jsonl        one line per prompt, a JSON object (`Localization.to_dict`), in the order of the searches
+    results.jsonl        one line per prompt, a JSON object (`Localization.to_dict`), in the order of the prompts
+    parts/               results that are not in results.jsonl yet (`nemo_ext/results/job.py`)
     neurons/NAME.json    the neurons of a memorized prompt
     images/NAME/         original.png, before-SEED.png and after-SEED.png: the images that the verdict is about
     evaluation.json      an evaluation: everything (`Evaluation.to_dict`)
@@ -17,28 +18,24 @@ at a time: it locks the folder, and the operating system releases the lock when 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nemo_ext.errors import NemoError
-from nemo_ext.files import replacing
+from nemo_ext.files import locked
 from nemo_ext.reading import parse_json, refusing
 from nemo_ext.results.record import Localization
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 RESULTS = "results.jsonl"
 NEURONS = "neurons"
 IMAGES = "images"
+PARTS = "parts"
 ORIGINAL = "original.png"
 EVALUATED = "evaluation"
 ORDINARY = "ordinary"
@@ -81,6 +78,16 @@ class ResultsFolder:
         """The file with all results."""
         return self.path / RESULTS
 
+    @property
+    def parts(self) -> Path:
+        """The folder with the finished parts of a job that is not complete."""
+        return self.path / PARTS
+
+    @property
+    def detector_parts(self) -> Path:
+        """The folder with the detectors' scores in an evaluation that is not complete."""
+        return self.path / EVALUATED / "detectors.parts"
+
     def neurons_file(self, index: int, prompt: str) -> Path:
         """The file with one prompt's neurons."""
         return self.path / NEURONS / f"{prompt_name(index, prompt)}.json"
@@ -88,6 +95,11 @@ class ResultsFolder:
     def images_folder(self, index: int, prompt: str) -> Path:
         """The folder with one prompt's images."""
         return self.path / IMAGES / prompt_name(index, prompt)
+
+    def images_of_any_position(self, prompt: str) -> Iterator[Path]:
+        """The existing folders with a prompt's images, whatever position in results.jsonl their name says."""
+        hashed = prompt_name(0, prompt).partition("-")[2]
+        return (self.path / IMAGES).glob(f"[0-9]*-{hashed}")
 
     def ordinary_folder(self, index: int, prompt: str) -> Path:
         """The folder with the images of one ordinary prompt of an evaluation; `index` is its position among them."""
@@ -144,26 +156,13 @@ class ResultsFolder:
             NemoError: another process writes to the folder, or a line of results.jsonl is not a result.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        # The folder itself is locked, because a lock file would remain after the process.
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise NemoError(
-                    f"another process writes results to {self.path}: wait until it has ended, or choose another folder"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF):
-                    raise
-                # Some network file systems do not support locks. There, a second process is not detected.
+        busy = f"another process writes results to {self.path}: wait until it has ended, or choose another folder"
+        with locked(self.path, busy):
             existing: list[Localization] = []
             if not anew and self.results.exists():
                 _mend_last_line(self.results)
                 existing = self.read() if self.results.stat().st_size else []
             yield ResultsWriter(self.results, existing, anew)
-        finally:
-            os.close(folder)
 
 
 class ResultsWriter:
@@ -180,18 +179,18 @@ class ResultsWriter:
         self._anew = anew
         self._count = len(kept)
 
-    def append(self, found: Localization, images: Mapping[str, Image] | None = None) -> None:
+    def append(self, found: Localization, images: Path | None = None) -> None:
         """Append one result. It is on the disk when this method returns.
 
         Args:
             found: the result.
-            images: the prompt's images, file name -> image; they are written first, so that a result always has them.
+            images: a folder with the prompt's images. It is moved to its place first, so that a result always has them.
         """
-        if images:
-            folder = ResultsFolder(self.path.parent).images_folder(self._count, found.prompt)
-            for name, image in images.items():
-                with replacing(folder / name) as temporary:
-                    image.save(temporary, format="PNG", optimize=True)
+        place = ResultsFolder(self.path.parent).images_folder(self._count, found.prompt)
+        if images is not None and images != place:
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            os.rename(images, place)
         line = json.dumps(found.to_dict(), allow_nan=False) + "\n"
         with self.path.open("w" if self._anew else "a", encoding="utf-8") as file:
             file.write(line)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,7 +29,9 @@ from nemo_ext.models.state import evaluating, is_compiled, model_fingerprint
 from nemo_ext.models.text import check_prompts, encode_prompts
 from nemo_ext.patching.patch import PatchHandle, patch_handle
 from nemo_ext.progress import Progress, ProgressLike, open_progress
+from nemo_ext.ranks.ranks import Ranks
 from nemo_ext.results.folder import ORIGINAL, ResultsFolder, image_name
+from nemo_ext.results.job import ResultsJob
 from nemo_ext.results.record import Localization, Settings
 from nemo_ext.search.certificate import certify
 from nemo_ext.search.exhaustive import search_exhaustive
@@ -289,8 +290,11 @@ class Localizer:
         progress: ProgressLike = None,
         *,
         labels: Mapping[str, str] | None = None,
+        ranks: Ranks | None = None,
     ) -> list[Localization]:
         """Localize several prompts one after another, and write each result to disk as soon as it is found.
+
+        If it is stopped or killed at any moment, the same call continues.
 
         Args:
             prompts: the texts. A text that occurs several times is searched once.
@@ -299,35 +303,40 @@ class Localizer:
                 new results replace those in the folder.
             progress: as for `nemo_ext.progress.open_progress`.
             labels: prompt -> label, for the prompts that have one; each new result keeps it.
+            ranks: the processes that share the prompts (docs/scale.md), all of which make this call; None: this one
+                alone.
 
         Returns:
             One result for each prompt, in the order of `prompts`.
 
         Raises:
             NemoError: the results in the folder were made with other settings, another process writes to the folder,
-                a prompt is not text, or as for `localize`.
+                a prompt is not text, several ranks have no folder or differ in something, or as for `localize`.
         """
         texts = check_prompts(prompts)
-        known: dict[str, Localization] = {}
+        ranks = ranks or Ranks()
+        if out is None and ranks.count > 1:
+            raise NemoError("several ranks meet in a folder: give one with out=")
+        if out is not None and model_fingerprint(self.pipe) != self.model:
+            raise NemoError("the model has changed since this Localizer was made: make a new one")
         with ExitStack() as stack:
-            writer = None
-            if out is not None:
-                if model_fingerprint(self.pipe) != self.model:
-                    raise NemoError("the model has changed since this Localizer was made: make a new one")
-                writer = stack.enter_context(ResultsFolder(out).writing(anew=not resume))
-                settings = self.settings  # once, because it reads all statistics for their digest
-                for found in writer.kept:
-                    _check_settings(found.settings, settings, writer.path)
-                known = {found.prompt: found for found in writer.kept}
             bars = stack.enter_context(open_progress(progress))
-            advance = stack.enter_context(bars.task("prompts", len(texts)))
-            for text in texts:
-                if text not in known:
+            advance = stack.enter_context(bars.task("prompts", len(set(texts))))
+
+            def search(todo: Sequence[str]) -> Iterator[tuple[Localization, ImageRuns | None]]:
+                for text in ranks.units(todo, advance):
                     found, images = self._search(text, bars)
-                    known[text] = found = replace(found, label=(labels or {}).get(text))
-                    if writer is not None:
-                        writer.append(found, {} if images is None else self._pictures(found, images))
-                advance(1)
+                    yield replace(found, label=(labels or {}).get(text)), images
+
+            if out is None:
+                known = {found.prompt: found for found, _ in search(list(dict.fromkeys(texts)))}
+            else:
+                job = ResultsJob(ResultsFolder(out), texts, self.settings, ranks, anew=not resume)
+                stack.enter_context(job)
+                advance(len(set(texts)) - len(job.todo))
+                for found, images in search(job.todo):
+                    job.add(found, {} if images is None else self._pictures(found, images))
+                known = job.finish()
         return [known[text] for text in texts]
 
     def _pictures(self, found: Localization, images: ImageRuns) -> dict[str, Image]:
@@ -340,16 +349,6 @@ class Localizer:
         for original in self.verify.originals.get(found.prompt, ())[:1]:
             pictures[ORIGINAL] = original
         return pictures
-
-
-def _check_settings(there: Settings, now: Settings, path: Path) -> None:
-    for field in fields(Settings):
-        old, new = getattr(there, field.name), getattr(now, field.name)
-        if old != new:
-            raise NemoError(
-                f"{path} has results with another {field.name}: {old}, now {new}; choose another folder, or "
-                "replace the results with resume=False"
-            )
 
 
 def localize(

@@ -14,9 +14,10 @@ from evaluation_parts import localization
 
 from nemo_ext import info
 from nemo_ext.cli import main
-from nemo_ext.commands.shared import _usable_device
+from nemo_ext.commands.devices import usable_device
 from nemo_ext.errors import NemoError, NemoWarning
 from nemo_ext.neurons import NeuronSet
+from nemo_ext.ranks.ranks import Ranks
 
 PROMPT = "a café → 日本"
 #: Takes from root the right to write everywhere, as other users lack it.
@@ -121,13 +122,13 @@ class TestAGpuThatTheKernelsWereNotBuiltFor:
 
     def test_is_not_left_out_silently(self) -> None:
         with pytest.warns(NemoWarning, match=r"the CPU is used, although there is a GPU: .*Some GPU.*--device cpu"):
-            assert _usable_device(None) == "cpu"
+            assert usable_device(None, Ranks()) == "cpu"
 
     def test_is_left_out_on_request(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert _usable_device("cpu") == "cpu"
+            assert usable_device("cpu", Ranks()) == "cpu"
 
     def test_is_refused_on_request(self) -> None:
         with pytest.raises(NemoError, match=r"--device cuda: .*Some GPU"):
-            _usable_device("cuda")
+            usable_device("cuda", Ranks())

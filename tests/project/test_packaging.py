@@ -15,6 +15,7 @@ import torch
 from nemo_ext import info, ops
 from nemo_ext.commands.shared import load_model
 from nemo_ext.errors import NemoError
+from nemo_ext.ranks.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,7 +185,7 @@ def test_info_says_what_to_do_for_a_gpu_without_kernels(monkeypatch):
 def test_the_command_refuses_a_gpu_that_the_kernels_do_not_run_on(monkeypatch):
     monkeypatch.setattr(info, "gpus", lambda: [info.Gpu("Old GPU", (7, 5), (13, 0))])
     with pytest.raises(NemoError, match=r"--device cuda: .*Old GPU.*; or use --device cpu"):
-        load_model(argparse.Namespace(device="cuda", model=Path("model"), dtype="float32"))
+        load_model(argparse.Namespace(device="cuda", model=Path("model"), dtype="float32", ranks=Ranks()))
 
 
 @pytest.fixture(scope="module")
