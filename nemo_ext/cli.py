@@ -35,8 +35,9 @@ once per model:
   3. nemo-ext localize   find the neurons that carry a prompt's image         -> results/
   4. nemo-ext generate   generate images with these neurons on and off        -> images/
   5. nemo-ext evaluate   measure on images what these neurons do              -> results/evaluation.json
-  6. nemo-ext bake       switch these neurons off for good, in a copy         -> a diffusers folder
-  7. nemo-ext report     show all results on one HTML page                    -> report.html
+  6. nemo-ext neurons    compare and combine the neurons of several prompts   -> union.json
+  7. nemo-ext bake       switch these neurons off for good, in a copy         -> a diffusers folder
+  8. nemo-ext report     show all results on one HTML page                    -> report.html
 
 `nemo-ext demo` runs all steps on a small bundled model, offline.
 """

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from nemo_ext.baking.record import RECORD, describe, model_card_block, read_earlier
 from nemo_ext.baking.single_file import single_file as single_file_weights
-from nemo_ext.baking.sources import Source, choose
 from nemo_ext.baking.weights import FolderPlan, plan_folder, zero_spans
 from nemo_ext.errors import NemoError
 from nemo_ext.files import check_output_folder, replacing
@@ -27,6 +26,7 @@ from nemo_ext.models.registry import denoiser_of, family_of
 from nemo_ext.models.state import model_fingerprint
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.results.record import Localization
+from nemo_ext.results.sources import Source, choose
 
 #: The model card of a folder.
 CARD = "README.md"

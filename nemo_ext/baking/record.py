@@ -6,9 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemo_ext.baking.sources import Chosen
 from nemo_ext.models.registry import short_layer_name
 from nemo_ext.reading import parse_json, refusing
+from nemo_ext.results.sources import Chosen
 
 #: The file beside `model_index.json`.
 RECORD = "nemo_ext.json"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import typing
 
-from nemo_ext.commands import bake, demo, evaluate, generate, info, localize, report, stats, threshold
+from nemo_ext.commands import bake, demo, evaluate, generate, info, localize, neurons, report, stats, threshold
 
 
 class Command(typing.Protocol):
@@ -42,4 +42,4 @@ class Command(typing.Protocol):
 
 
 #: All commands in the order of `nemo-ext --help`, which is the order in which they are used.
-COMMANDS: tuple[Command, ...] = (stats, threshold, localize, generate, evaluate, bake, report, demo, info)
+COMMANDS: tuple[Command, ...] = (stats, threshold, localize, generate, neurons, evaluate, bake, report, demo, info)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from nemo_ext.evaluate.table import Evaluation, OrdinaryEvaluation, PromptEvaluation, SummaryRow
     from nemo_ext.measure.originals import Originals
     from nemo_ext.measure.statistics import ActivationStatistics
+    from nemo_ext.neurons import NeuronSet
     from nemo_ext.results.record import Localization
 
 NAME = "evaluate"
@@ -48,6 +50,9 @@ Generate images of each memorized prompt in a results folder three times: before
   quality    FID and KID between ordinary images before and after all found neurons are off
   detection  how well scores tell memorized prompts from ordinary ones
 
+With --neurons, one set of neurons is measured on all memorized prompts, instead of each prompt's own: the union of
+all of them, for example (`nemo-ext neurons`).
+
 Each figure is a median over prompts with the median absolute deviation. A measure is left out if what it needs is
 not given, and the command says so. Nothing is downloaded.
 
@@ -62,8 +67,9 @@ reads   --model       the diffusers folder that was searched
         --clip        a CLIP folder with safetensors, such as openai/clip-vit-base-patch32
         --inception   FID's network: the TorchScript file inception-2015-12-05.pt; without it, the distances
                       are taken over EfficientNet-lite0, if that is installed, and are named FD-lite0 and KD-lite0
-writes  DIR/evaluation.json, DIR/evaluation.csv (prompts) and DIR/evaluation-summary.csv, with DIR as in --results;
-        and the images: before-SEED.png, after-SEED.png and control-DRAW-SEED.png in
+        --neurons     one set of neurons for all prompts (.json, .safetensors)
+writes  DIR/evaluation.json, DIR/evaluation.csv (prompts) and DIR/evaluation-summary.csv, with DIR as in --results,
+        or as in --out; and the images: before-SEED.png, after-SEED.png and control-DRAW-SEED.png in
         DIR/evaluation/NNNN-HASH/. `nemo-ext report` shows the tables.
 
 If the command was stopped, run it again to continue. Images that exist are used again if they were made with the
@@ -74,7 +80,7 @@ example:
   nemo-ext evaluate --model ./stable-diffusion-v1-4 --results results --originals originals.csv \\
       --sscd sscd_disc_mixup.torchscript.pt --clip ./clip-vit-base-patch32 --reference paper
 """
-WHEN_STOPPED = "stopped; the images so far are in {results}, run the same command again to continue"
+WHEN_STOPPED = "stopped; what is finished is kept, run the same command again to continue"
 SHARED = True
 
 
@@ -84,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, metavar, meaning in (
         ("--originals", "CSV", "the training images of the prompts"),
         ("--ordinary", "FILE", "ordinary prompts: text with one per line, .csv or .jsonl"),
+        ("--neurons", "FILE", "one set of neurons for all prompts; needs --out"),
+        ("--out", "DIR", "the folder for what is written (default: that of --results)"),
         ("--statistics", "FILE", "the statistics of this model, from `nemo-ext stats`"),
         ("--clip", "DIR", "the folder of a CLIP model"),
         ("--inception", "FILE", "FID's Inception network"),
@@ -114,14 +122,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load everything, generate and measure, and write and print the tables."""
-    from nemo_ext.files import check_output_folder, read_prompts
+    from nemo_ext.files import check_input_file, check_output_folder, read_prompts
+    from nemo_ext.neurons import NeuronSet
     from nemo_ext.results.folder import ResultsFolder
 
     if args.results.is_file():
         raise NemoError(f"{args.results} is a file: give the folder that `nemo-ext localize` wrote to")
     # Everything that can be wrong is read before the first image is generated, and what is small is read first.
     results = ResultsFolder(args.results).read()
-    check_output_folder(args.results)
+    if args.neurons is not None:
+        if args.out is None:
+            raise NemoError(
+                "--neurons needs --out DIR, because --results keeps the evaluation of each prompt's own set"
+            )
+        results = _with_one_set(
+            results, NeuronSet.load(check_input_file(args.neurons, "neurons", "`nemo-ext neurons`"))
+        )
+    out = check_output_folder(args.results if args.out is None else args.out)
     ordinary = [] if args.ordinary is None else read_prompts(args.ordinary)
     from nemo_ext.evaluate.alignment import PromptAlignment
     from nemo_ext.evaluate.evaluation import check_prompt_sets, evaluate_results, generate_shared
@@ -144,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
         "sampling": Sampling(seeds=args.seeds, steps=args.steps, guidance=args.guidance),
         "draws": args.draws,
         "ordinary": ordinary,
-        "folder": args.results,
+        "folder": out,
         "batch_size": args.batch_size,
     }
     with Progress() as bars:
@@ -152,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
             generate_shared(pipe, results, **settings, ranks=args.ranks, progress=bars)
         detection = None
         if ordinary:
-            detection = _detection(args, pipe, results, originals, ordinary, statistics, bars)
+            detection = _detection(args, out, pipe, results, originals, ordinary, statistics, bars)
         if not args.ranks.first:
             return
         evaluation = evaluate_results(
@@ -168,17 +185,23 @@ def run(args: argparse.Namespace) -> None:
         )
         if detection is not None:
             evaluation = evaluation.with_detection(detection.to_dict())
-    files = evaluation.save(args.results)
-    shutil.rmtree(ResultsFolder(args.results).detector_parts, ignore_errors=True)
+    files = evaluation.save(out)
+    shutil.rmtree(ResultsFolder(out).detector_parts, ignore_errors=True)
     _print(evaluation, detection, REFERENCES.get(args.reference), originals is not None)
     # With several ranks, this one has found the images of all of them.
     reused = "" if args.ranks.count > 1 else f", {evaluation.reused_images} images of an earlier run"
     written = ", ".join(map(str, files))
-    print(plain(f"Written: {written}, and images in {args.results} ({evaluation.seconds:.0f} s{reused})"))
+    print(plain(f"Written: {written}, and images in {out} ({evaluation.seconds:.0f} s{reused})"))
+
+
+def _with_one_set(results: Sequence[Localization], neurons: NeuronSet) -> list[Localization]:
+    """The results as if the search had found the same neurons for all memorized prompts, which nobody has verified."""
+    return [replace(found, neurons=neurons, verdict=None) if found.memorized else found for found in results]
 
 
 def _detection(
     args: argparse.Namespace,
+    out: Path,
     pipe: Any,
     results: Sequence[Localization],
     originals: Originals | None,
@@ -201,7 +224,7 @@ def _detection(
         labels,
         statistics=statistics,
         guidance=args.guidance,
-        parts=ResultsFolder(args.results).detector_parts,
+        parts=ResultsFolder(out).detector_parts,
         ranks=args.ranks,
         progress=bars,
     )

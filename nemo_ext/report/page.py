@@ -17,6 +17,7 @@ from nemo_ext.files import replacing
 from nemo_ext.models.registry import short_layer_name
 from nemo_ext.report.grid import image_grid
 from nemo_ext.report.heat_map import layer_counts, neuron_map
+from nemo_ext.report.overlap import frequency_plot, overlap_plot
 from nemo_ext.report.plots import certificate_plot, score_plot, search_plot
 from nemo_ext.report.summary import LOOKS, counts, summary_row
 from nemo_ext.report.tables import ReportTable
@@ -121,6 +122,8 @@ def write_report(
         compared=any(found.verdict for found in localizations),
         tables=tables,
         map=neuron_map(localizations),
+        frequencies=frequency_plot(localizations),
+        overlap=overlap_plot(localizations),
         layers=layer_counts(localizations),
         prompts=[_section(index, found, images.get(index), numbers) for index, found in enumerate(localizations)],
     )

@@ -9,9 +9,9 @@ from evaluation_parts import localization
 from tiny_pipeline import DOWN_AND_MID
 
 from nemo_ext import NemoError, NeuronSet
-from nemo_ext.baking.sources import choose
 from nemo_ext.results.folder import ResultsFolder
 from nemo_ext.results.record import ImageTrial, Localization, Verdict
+from nemo_ext.results.sources import choose
 
 LAYERS = list(DOWN_AND_MID)
 ONE, TWO, THREE = (NeuronSet({LAYERS[number]: [number, 7]}) for number in (0, 1, 2))

@@ -1,4 +1,4 @@
-"""Where the neurons come from: sets, their files, and results of searches."""
+"""Where neurons come from: sets, their files, and results of searches."""
 
 from __future__ import annotations
 
@@ -21,24 +21,30 @@ Source: TypeAlias = Mapping[str, Sequence[int]] | Localization | str | os.PathLi
 
 @dataclass(frozen=True)
 class Chosen:
-    """The neurons that are switched off, and what is known about them.
+    """Sets of neurons, and what is known about them.
 
     Attributes:
-        neurons: the union over all sources.
-        results: the results that some of the neurons come from.
-        notes: a sentence for each result whose neurons are not in the union although its prompt is memorized.
+        sets: name -> set. The name is the prompt of a result, the path of a file, or "set N".
+        results: the results that some of the sets come from.
+        notes: a sentence for each result whose set is left out although its prompt is memorized.
     """
 
-    neurons: NeuronSet
+    sets: Mapping[str, NeuronSet]
     results: tuple[Localization, ...]
     notes: tuple[str, ...]
+
+    @property
+    def neurons(self) -> NeuronSet:
+        """The union of all sets."""
+        return NeuronSet.union(self.sets.values())
 
 
 def choose(sources: Source | Iterable[Source]) -> Chosen:
     """Read the neurons of all sources.
 
     The neurons of a result are taken if its prompt is memorized, unless its images were checked and still replicate. A
-    result whose images were not checked counts: its neurons are the search's answer for the first denoising step.
+    result whose images were not checked counts: its neurons are the search's answer for the first denoising step. If
+    a prompt has several results, their neurons together are one set.
 
     Args:
         sources: one source, or several.
@@ -47,19 +53,23 @@ def choose(sources: Source | Iterable[Source]) -> Chosen:
         NemoError: a source cannot be read, or there are no neurons in all of them.
     """
     one = isinstance(sources, str | os.PathLike | Mapping | Localization)
-    sets: list[NeuronSet] = []
+    sets: dict[str, NeuronSet] = {}
     results: list[Localization] = []
     notes: list[str] = []
+
+    def add(name: str, neurons: NeuronSet) -> None:
+        sets[name] = sets.get(name, NeuronSet()) | neurons
+
     for source in [sources] if one else sources:  # type: ignore[union-attr]
         if isinstance(source, Localization):
             found, name = [source], "the given results"
         elif isinstance(source, Mapping):
-            sets.append(source if isinstance(source, NeuronSet) else NeuronSet(source))
+            add(f"set {len(sets) + 1}", source if isinstance(source, NeuronSet) else NeuronSet(source))
             continue
         elif _holds_results(path := _path(source)):
             found, name = read_results(path), str(path)
         else:
-            sets.append(NeuronSet.load(check_input_file(path, "neurons", "`nemo-ext localize`")))
+            add(str(path), NeuronSet.load(check_input_file(path, "neurons", "`nemo-ext localize`")))
             continue
         for position, result in enumerate(found):
             if result.verified is False:
@@ -69,11 +79,11 @@ def choose(sources: Source | Iterable[Source]) -> Chosen:
                 )
             elif result.memorized and result.neurons:
                 results.append(result)
-    neurons = NeuronSet.union([*sets, *(result.neurons for result in results)])
-    if not neurons:
+                add(result.prompt, result.neurons)
+    if not any(sets.values()):
         reason = f" ({'; '.join(notes)})" if notes else ""
         raise NemoError(f"there are no neurons to switch off in what was given{reason}: give neurons or results")
-    return Chosen(neurons, tuple(results), tuple(notes))
+    return Chosen(sets, tuple(results), tuple(notes))
 
 
 def _path(source: Any) -> Path:
