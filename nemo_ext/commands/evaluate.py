@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     out = check_output_folder(args.results if args.out is None else args.out)
     ordinary = [] if args.ordinary is None else read_prompts(args.ordinary)
     from nemo_ext.evaluate.alignment import PromptAlignment
-    from nemo_ext.evaluate.evaluation import check_prompt_sets, evaluate_results, generate_shared
+    from nemo_ext.evaluate.evaluation import check_model, check_prompt_sets, evaluate_results, generate_shared
     from nemo_ext.evaluate.quality import load_feature_network
     from nemo_ext.evaluate.reference import REFERENCES
     from nemo_ext.measure.generation import Sampling
@@ -164,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
         "folder": out,
         "batch_size": args.batch_size,
     }
+    check_model(pipe, [found for found in results if found.memorized], statistics)
     with Progress() as bars:
         if args.ranks.count > 1:
             generate_shared(pipe, results, **settings, ranks=args.ranks, progress=bars)

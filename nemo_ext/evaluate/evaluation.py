@@ -222,9 +222,8 @@ def generate_shared(
         ranks: the ranks, all of which make this call with the same arguments.
 
     Raises:
-        NemoError: a rank has other arguments or is lost, or as for `evaluate_results`.
+        NemoError: a rank has other arguments or is lost, or the images are not finite.
     """
-    check_model(pipe, [found for found in results if found.memorized], None)
     sampling = sampling.resolved(pipe)
     ranks.agree(
         {

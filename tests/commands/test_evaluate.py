@@ -150,6 +150,20 @@ def test_markup_in_a_prompt_is_printed_as_it_is(
     assert "[red]z[/]" in capsys.readouterr().out
 
 
+def test_one_set_for_all_prompts_is_measured_in_a_folder_of_its_own(
+    planted: Planted, model: Path, results: Path, tmp_path: Path
+) -> None:
+    one = NeuronSet({layer: indices[:1] for layer, indices in planted.neurons.items()})
+    one.save(tmp_path / "one.json")
+    before = sorted(results.rglob("*"))
+    assert evaluate(model, results, "--neurons", tmp_path / "one.json", "--out", tmp_path / "of-one") == 0
+    assert sorted(results.rglob("*")) == before
+    found = json.loads((tmp_path / "of-one" / "evaluation.json").read_text())
+    (prompt,) = found["prompts"]
+    assert prompt["after"]["neurons"] == len(one)
+    assert prompt["verified"] is None
+
+
 class TestBadInput:
     """Exit code 1, one sentence on stderr, and nothing written."""
 
@@ -210,6 +224,11 @@ class TestBadInput:
         self, capsys: pytest.CaptureFixture[str], model: Path, results: Path, tmp_path: Path, option: str, said: str
     ) -> None:
         self.refuses(capsys, model, results, option, tmp_path / "none", said=said)
+
+    def test_one_set_without_a_folder_of_its_own(
+        self, capsys: pytest.CaptureFixture[str], model: Path, results: Path, tmp_path: Path
+    ) -> None:
+        self.refuses(capsys, model, results, "--neurons", tmp_path / "one.json", said="--neurons needs --out DIR")
 
     def test_a_missing_inception_file(
         self, capsys: pytest.CaptureFixture[str], model: Path, results: Path, ordinary: Path, sscd: Path

@@ -9,6 +9,7 @@ from typing import Any
 from tiny_pipeline import planted_pipeline
 
 from nemo_ext.errors import NemoError
+from nemo_ext.evaluate.evaluation import generate_shared
 from nemo_ext.measure.generation import Sampling
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import collect_statistics
@@ -16,6 +17,7 @@ from nemo_ext.measure.threshold import memorization_threshold
 from nemo_ext.ranks import ranks as ranks_module
 from nemo_ext.ranks.parts import Parts
 from nemo_ext.ranks.ranks import Ranks
+from nemo_ext.results.folder import read_results
 from nemo_ext.search.localizer import Localizer
 from nemo_ext.search.verification import Verification
 
@@ -104,6 +106,21 @@ def localize(ranks: Ranks, out: str) -> list[str]:
     found = localizer.localize_many(PROMPTS, out=out, ranks=ranks)
     assert [one.prompt for one in found] == PROMPTS
     return searched
+
+
+def evaluate(ranks: Ranks, results: str, ordinary: list[str], sampling: Sampling) -> None:
+    """Generate the images of an evaluation of the results in a folder."""
+    planted = planted_pipeline()
+    generate_shared(
+        planted.pipe,
+        read_results(results),
+        sampling=sampling,
+        draws=1,
+        ordinary=ordinary,
+        folder=results,
+        batch_size=2,
+        ranks=ranks,
+    )
 
 
 def measure(ranks: Ranks, out: str) -> None:
