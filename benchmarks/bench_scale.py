@@ -50,7 +50,7 @@ def job(folder: Path, count: int, device: str) -> None:
         start = time.perf_counter()
         collected = collect_statistics(pipe, texts, parts=folder / "parts", ranks=ranks)
         seconds["statistics"] = time.perf_counter() - start
-        known = collect_statistics(pipe, holdout_captions(texts[:200], 40, seed=2024))
+        known = collect_statistics(pipe, holdout_captions(texts[:64], 16, seed=2024))
         threshold = json.loads((MODEL / "figures.json").read_text())["scores"]["threshold"]
         localizer = Localizer(pipe, statistics=known, threshold=threshold)
         localizer.localize(prompts(1)[0])  # this finds the entry points of the U-Net
@@ -125,7 +125,7 @@ def main() -> None:
         keys=("what", "ranks"),
         shown=("prompts", "median_ms", "prompts_per_second", "over_single", "samples"),
     )
-    count, rounds = (4, 1) if run.quick else (run.arguments.prompts, ROUNDS)
+    count, rounds = (2, 1) if run.quick else (run.arguments.prompts, ROUNDS)
     for row in measure(run.arguments.ranks, count, run.device, rounds):
         run.add(row)
     run.finish([Panel("prompts per second", run.rows, x="ranks", y="prompts_per_second", series="what")])

@@ -42,4 +42,4 @@ class Command(typing.Protocol):
 
 
 #: All commands in the order of `nemo-ext --help`, which is the order in which they are used.
-COMMANDS: tuple[Command, ...] = (stats, threshold, localize, generate, neurons, evaluate, bake, report, demo, info)
+COMMANDS: tuple[Command, ...] = (stats, threshold, localize, generate, evaluate, neurons, bake, report, demo, info)

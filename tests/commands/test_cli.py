@@ -27,7 +27,7 @@ from nemo_ext.measure.threshold import Threshold
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.results.folder import ResultsFolder, prompt_name, read_results
 
-SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "evaluate", "bake", "report", "demo", "info")
+SUBCOMMANDS = ("stats", "threshold", "localize", "generate", "evaluate", "neurons", "bake", "report", "demo", "info")
 
 #: An option as a help text names it; "nemo-ext" and "published-code" hold none.
 OPTION = r"(?<![\w-])--?[a-z][a-z-]*"
@@ -116,7 +116,7 @@ class TestHelp:
         assert f"example:\n  nemo-ext {subcommand}" in capsys.readouterr().out
 
     def test_every_file_of_a_command_is_a_command_of_the_parser(self, capsys: pytest.CaptureFixture[str]) -> None:
-        files = {file.stem for file in Path(commands.__file__).parent.glob("*.py")} - {"__init__", "shared"}
+        files = {file.stem for file in Path(commands.__file__).parent.glob("*.py")} - {"__init__", "shared", "devices"}
         assert files == set(SUBCOMMANDS)
         assert main(["--help"]) == 0
         listed = capsys.readouterr().out.partition("  COMMAND\n")[2].partition("\n\n")[0]

@@ -23,7 +23,7 @@ from nemo_ext.results.record import Localization
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("NEMO_EXT_KILLS", "5"))
+KILLS = int(os.environ.get("NEMO_EXT_KILLS", "3"))
 
 
 class Whole(NamedTuple):
@@ -58,7 +58,7 @@ def run_with_kills(job: Callable[..., Any], folder: Path, seconds: float, chance
     """
     for kills in count():
         with rank_processes(chance.choice((1, 2, 3)), job, str(folder)) as running:
-            end = time.monotonic() + chance.uniform(0, seconds)
+            end = time.monotonic() + chance.uniform(0, 1.5 * seconds)
             while time.monotonic() < end and running.alive:
                 time.sleep(0.002)
             if not running.alive:

@@ -189,7 +189,7 @@ class TestPage:
         page = write(localization(verdict=verdict(), history=((2, 0.5), (1, 0.5))), localization(certificate=None))
         plots = [image["src"] for image in page.all("img")]
         plots += [source["srcset"] for source in page.all("source")]
-        assert len(plots) == 2 * 4  # scores, map of neurons, search, certificate
+        assert len(plots) == 2 * 6  # scores, map of neurons, frequency, overlap, search, certificate
         for plot in plots:
             assert plot is not None
             kind, _, content = plot.partition(";base64,")
