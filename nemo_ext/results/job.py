@@ -90,6 +90,7 @@ class ResultsJob:
             images: the prompt's images, file name -> image.
         """
         name = _name(found.prompt)
+        shutil.rmtree(self._parts.file(name), ignore_errors=True)  # a killed process may have left a temporary file
         for file, image in images.items():
             with replacing(self._parts.file(name) / file) as temporary:
                 image.save(temporary, format="PNG", optimize=True)
