@@ -24,7 +24,7 @@ from harness import Panel, Row, Run, parser
 from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
 from nemo_ext.demo.run import MODEL, load_demo_pipeline
 from nemo_ext.measure.statistics import ActivationStatistics, collect_statistics
-from nemo_ext.ranks.ranks import Ranks, started_by_torchrun
+from nemo_ext.ranks.ranks import Ranks
 from nemo_ext.results.folder import read_results
 from nemo_ext.search.localizer import Localizer
 
@@ -66,7 +66,8 @@ def job(folder: Path, count: int, device: str) -> None:
 
 def start(ranks: int, count: int, device: str, folder: Path) -> dict[str, float]:
     """Let torchrun start the ranks; return the seconds of each job."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = ["--job", str(folder), "--prompts", str(count), "--device", device]
     subprocess.run([*command, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -115,7 +116,7 @@ def main() -> None:
     )
     options.add_argument("--prompts", type=int, default=16, metavar="N", help="prompts to localize (default: 16)")
     options.add_argument("--job", type=Path, metavar="DIR", help="for the ranks only: the folder that they share")
-    if started_by_torchrun():
+    if "--job" in sys.argv:
         arguments = options.parse_args()
         job(arguments.job, arguments.prompts, arguments.device)
         return

@@ -126,10 +126,10 @@ def evaluate(ranks: Ranks, results: str, ordinary: list[str], sampling: Sampling
 def measure(ranks: Ranks, out: str) -> None:
     """Collect statistics and measure a threshold, and write both in rank 0, as the commands do."""
     planted = planted_pipeline()
-    texts = [f"a camel number {place}" for place in range(300)]
+    texts = [f"a camel number {place}" for place in range(120)]
     statistics = collect_statistics(planted.pipe, texts, batch_size=2, parts=f"{out}/statistics.parts", ranks=ranks)
     threshold = memorization_threshold(
-        planted.pipe, texts[:6], seeds=2, protocol=Protocol.paper(), parts=f"{out}/threshold.parts", ranks=ranks
+        planted.pipe, texts[:4], seeds=2, protocol=Protocol.paper(), parts=f"{out}/threshold.parts", ranks=ranks
     )
     if ranks.first:
         statistics.save(f"{out}/statistics.safetensors")

@@ -23,7 +23,7 @@ from nemo_ext.results.record import Localization
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("NEMO_EXT_KILLS", "3"))
+KILLS = int(os.environ.get("NEMO_EXT_KILLS", "2"))
 
 
 class Whole(NamedTuple):
