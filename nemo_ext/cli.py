@@ -21,7 +21,7 @@ from typing import NoReturn
 from nemo_ext import __version__
 from nemo_ext.commands import COMMANDS
 from nemo_ext.commands.shared import plain
-from nemo_ext.errors import NemoError, NemoWarning
+from nemo_ext.errors import NemoError, NemoWarning, reason
 from nemo_ext.ranks.ranks import Ranks
 
 DESCRIPTION = """\
@@ -113,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        _print_message(args, _reason(error))
+        expected = isinstance(error, (NemoError, OSError))
+        hint = "" if expected else "; run again with --debug for the traceback"
+        _print_message(args, reason(error) + hint)
         return 1
     finally:
         args.ranks.leave()
@@ -154,15 +156,6 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 def _without_accents(character: str) -> str:
     return unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
-
-
-def _reason(error: Exception) -> str:
-    """The message for the user. For an unexpected exception it begins with the exception's type."""
-    if isinstance(error, NemoError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return f"{type(error).__name__}: {str(error) or 'no message'}; run again with --debug for the traceback"
 
 
 def _print_own_warnings(args: argparse.Namespace) -> None:

@@ -22,6 +22,15 @@ class NemoWarning(UserWarning):
     """Something that the caller should know, although the call goes on. The command line prints it as a sentence."""
 
 
+def reason(error: BaseException) -> str:
+    """An exception as a sentence. For an unexpected one it begins with the exception's type."""
+    if isinstance(error, NemoError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return f"{type(error).__name__}: {str(error) or 'no message'}"
+
+
 def warn(message: str) -> None:
     """Give a `NemoWarning` that points to the line outside of this package from which it was called."""
     level, frame = 1, sys._getframe()

@@ -19,7 +19,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from nemo_ext.errors import NemoError
+from nemo_ext.errors import NemoError, reason, warn
 
 _Unit = TypeVar("_Unit")
 
@@ -134,12 +134,18 @@ class Ranks:
             todo: all units, the same on every rank.
             done: called in rank 0 with the number of units that any rank has finished; from another thread if there are
                 several ranks.
+
+        Warns:
+            NemoWarning: there are more ranks than units.
         """
         if self._store is None:
             for unit in todo:
                 yield unit
                 done(1)
             return
+        if self.first and 0 < len(todo) < self.count:
+            idle = self.count - len(todo)
+            warn(f"{self.count} ranks share {len(todo)} units of work, so that {idle} of them have nothing to do")
         key = self._key("units")
         self._progress = (f"{key}/done", 0, done)
         while (place := self._store.add(f"{key}/taken", 1) - 1) < len(todo):
@@ -271,8 +277,6 @@ class Ranks:
 
     def _tell_failure(self, error: BaseException) -> None:
         assert self._store is not None
-        said = str(error) if isinstance(error, NemoError) else f"{type(error).__name__}: {error}"
-        if self.rank > 0:
-            said = f"rank {self.rank}: {said}"
+        said = reason(error) if self.first else f"rank {self.rank}: {reason(error)}"
         with contextlib.suppress(RuntimeError):  # if the store is gone, torchrun ends the other ranks
             self._store.compare_set(_FAILURE, "", _STOPPED if isinstance(error, KeyboardInterrupt) else said)

@@ -1,7 +1,9 @@
 """What the ranks of `rank_processes` do in tests. The process that they are forked from imports this module once."""
 
+import errno
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,15 @@ def count_done(ranks: Ranks, count: int) -> int:
     return sum(told)
 
 
+def warned(ranks: Ranks, count: int) -> list[str]:
+    """Do units, and return what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in ranks.units(range(count), lambda done: None):
+            pass
+    return [str(one.message) for one in caught]
+
+
 def from_first(ranks: Ranks) -> tuple[Any, Any]:
     return ranks.from_first(lambda: {"rank": ranks.rank}), ranks.from_first(lambda: ["ü", 2.5])
 
@@ -56,6 +67,15 @@ def fail(ranks: Ranks, which: int) -> None:
         if ranks.rank == which:
             time.sleep(0.5)
             raise NemoError("there is no paper left")
+        for _ in range(600):
+            time.sleep(0.1)
+
+
+def fill_the_disk(ranks: Ranks, file: str) -> None:
+    """Rank 1 cannot write."""
+    for _ in ranks.units(range(ranks.count), lambda done: None):
+        if ranks.rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", file)
         for _ in range(600):
             time.sleep(0.1)
 

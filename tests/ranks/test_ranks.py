@@ -52,6 +52,19 @@ def test_a_failure_ends_all_ranks_at_once_and_rank_0_can_say_why(which: int) -> 
     assert said[0] == ("there is no paper left" if which == 0 else "rank 1: there is no paper left")
 
 
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    with rank_processes(2, rank_jobs.fill_the_disk, str(tmp_path / "part.json")) as running:
+        _, said = running.results(timeout=60)
+    assert said[0] == f"rank 1: {tmp_path}/part.json: No space left on device"
+
+
+def test_more_ranks_than_units_are_told_once() -> None:
+    with rank_processes(3, rank_jobs.warned, 1) as running:
+        codes, said = running.results(timeout=60)
+    assert codes == [0, 0, 0]
+    assert said == {0: ["3 ranks share 1 units of work, so that 2 of them have nothing to do"], 1: [], 2: []}
+
+
 def test_one_rank_that_is_stopped_stops_all() -> None:
     with rank_processes(2, rank_jobs.stop) as running:
         codes, _ = running.results(timeout=60)
