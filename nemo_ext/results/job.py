@@ -51,7 +51,7 @@ class ResultsJob:
         self.todo: list[str] = []
         self._folder, self._prompts, self._settings = folder, list(dict.fromkeys(prompts)), settings
         self._ranks, self._anew = ranks, anew
-        advice = "choose another folder, or replace the results with resume=False"
+        advice = "choose another folder, or delete this one"
         self._parts = Parts(folder.parts, asdict(settings), advice)
         self._writer: ResultsWriter | None = None
         self._known: dict[str, Localization] = {}
@@ -171,5 +171,5 @@ def _check_settings(there: Settings, now: Settings, path: Path) -> None:
         if old != new:
             raise NemoError(
                 f"{path} has results with another {field.name}: {old}, now {new}; choose another folder, or "
-                "replace the results with resume=False"
+                "replace the results (resume=False in Python)"
             )
