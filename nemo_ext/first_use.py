@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_ext import reference
+from nemo_ext import info, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Two prompts of two token tiles, and more neurons than a tile has; rows are whole chunks of 16 bytes.
@@ -99,12 +99,12 @@ def mistake(device: torch.device, dtype: torch.dtype, operator: Callable[..., tu
 def _message(device: torch.device, dtype: torch.dtype, found: str) -> str:
     module = importlib.import_module("nemo_ext._module")
     major, minor = torch.cuda.get_device_capability(device)
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    driver = "{}.{}".format(*info.cuda_of_driver())
     path = module.cuda_path(str(dtype)[6:], 10 * major + minor)
     other = "library" if path == "kernel" else "kernel"
     return (
         f"nemo_ext computes wrongly on {torch.cuda.get_device_name(device)} (sm_{major}{minor}, driver for CUDA "
-        f"{driver // 1000}.{driver % 1000 // 10}, path {path}, {str(dtype)[6:]}): {found}. Set "
+        f"{driver}, path {path}, {str(dtype)[6:]}): {found}. Set "
         f"NEMO_EXT_CUDA_PATH={other} to compute on the other path, and please report this with the output of "
         "nemo-ext info"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import platform
@@ -34,12 +35,21 @@ def gpus() -> list[Gpu]:
 
     if not torch.cuda.device_count():
         return []
-    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12040 for 12.4
-    driver = version // 1000, version % 1000 // 10
+    driver = cuda_of_driver()
     indices = range(torch.cuda.device_count())
     return [
         Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), driver) for index in indices
     ]
+
+
+def cuda_of_driver() -> tuple[int, int]:
+    """Return the newest version of CUDA that the driver knows, (12, 4) for 12.4; (0, 0) if there is no driver."""
+    version = ctypes.c_int(0)
+    try:  # not by PyTorch: the function of its private module that told this is gone in some versions
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0, 0
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def cuda_obstacle(build: Mapping[str, Any], gpu: Gpu) -> str | None:

@@ -111,35 +111,26 @@ constexpr int resident_blocks(const Gpu& gpu) {
   return fitting < 1 ? 1 : fitting < Tile::kBlocks ? fitting : Tile::kBlocks;
 }
 
-// The clocks for which one block occupies its multiprocessor for 64 bytes of in_features, by the bounds that
-// docs/kernels.md derives for an A100. For 32 bytes, a block needs:
-//
-//             tensor cores, 16-bit   float32   shared memory, 16-bit   float32   L2 cache, 16-bit   float32
-//   Wide                640 clocks       960              400 clocks       320       14,336 bytes    12,288
-//   Medium              320 clocks       480              216 clocks       168        9,216 bytes     7,168
-//   Narrow               80 clocks       240              132 clocks       132        4,608 bytes     4,608
-//   Small                16 clocks        48               52 clocks        52        2,560 bytes     2,560
-//
-// The larger one of tensor cores and shared memory is the bound. Smaller tiles load more bytes for a value;
-// kTrafficMargin, in percent, stands for their cost. It is a choice and has not been measured. Strided, which
-// is never compared with another shape, has Narrow's numbers.
-constexpr int kTrafficMargin = 10;
+// The clocks for which one block occupies its multiprocessor: those measured on an H200, as docs/kernels.md
+// tells under "Plans". Other GPUs have not been measured.
+struct Clocks {
+  int step;      // for 64 bytes of in_features, beside other blocks
+  int wait;      // more for a step, where no other block runs meanwhile: the barrier, the first fragments, the
+                 // last products
+  int epilogue;  // for the epilogue of a round
+};
+
+// Strided, which is never compared with another shape, has Narrow's numbers, and Loaded needs none.
 template <typename T, Shape kShape>
-constexpr int step_clocks(BlockTile<T, kShape>) {
+constexpr Clocks clocks_of(BlockTile<T, kShape>) {
   constexpr bool is_short = sizeof(T) == 2;
-  if (kShape == Shape::Wide) return 2 * (is_short ? 640 : 960);
-  if (kShape == Shape::Small) return 2 * 52 * (100 + kTrafficMargin) / 100;
-  const int bound = 2 * (kShape == Shape::Medium ? (is_short ? 320 : 480) : (is_short ? 132 : 240));
-  return bound * (100 + kTrafficMargin) / 100;
+  if (kShape == Shape::Wide) return is_short ? Clocks{850, 700, 10000} : Clocks{2200, 500, 7000};
+  if (kShape == Shape::Medium) return is_short ? Clocks{700, 230, 4400} : Clocks{1240, 140, 1350};
+  if (kShape == Shape::Small) return is_short ? Clocks{124, 180, 260} : Clocks{180, 274, 1900};
+  return is_short ? Clocks{280, 230, 1900} : Clocks{750, 225, 1000};
 }
 
-// A block that is alone on its multiprocessor cannot hide the waits of a step: for the barrier, for the first
-// fragments, and for the last products. About a hundred clocks is what published latencies of bar.sync,
-// ldmatrix and mma.sync add up to. It has not been measured.
-constexpr int kWaitClocks = 100;
-
-// The clocks of a multiprocessor for 64 bytes of in_features of each of its blocks, of which `resident` run
-// at a time. `wait` is kWaitClocks, or half of it if a step has twice the bytes.
+// The clocks of a multiprocessor for one step of each of its blocks, of which `resident` run at a time.
 constexpr int64_t multiprocessor_clocks(int64_t blocks, int64_t resident, int64_t step, int64_t wait) {
   const auto together = [&](int64_t count) {
     const int64_t alone = step + wait;
@@ -187,7 +178,7 @@ struct Plan {
   int64_t grid_y;    // 0 if there is nothing to compute
   int64_t partials;  // grid_y · kWarpRows: rows of warps in the grid
   int64_t prompts;   // of one launch: all, but for Loaded
-  int64_t cost;      // clocks of the busiest multiprocessor for 64 bytes of in_features in all of its work
+  int64_t cost;      // clocks of the busiest multiprocessor for all of its work
 };
 
 // The plan compares grids of 1, 2, … up to this many blocks for each multiprocessor. More blocks spread the
@@ -204,13 +195,16 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
     const int64_t most = ceil_divide(units, Tile::kWarpRows);
     Plan best{shape, grid_x, 0, 0, p.batch, 0};
     const int64_t resident = resident_blocks<Tile>(gpu);
+    constexpr Clocks kClocks = clocks_of(Tile{});
+    constexpr int64_t kWait = kClocks.wait * 64 / Tile::kStepBytes;  // a step of more bytes waits no longer
+    const int64_t steps = ceil_divide(p.in_features * int64_t(sizeof(typename Tile::Element)), int64_t(64));
     for (int64_t blocks = 1; most > 0 && blocks <= kMostBlocksPerMultiprocessor; ++blocks) {
       const int64_t wanted = blocks * gpu.multiprocessors / grid_x;
       const int64_t grid_y = wanted < 1 ? 1 : wanted < most ? wanted : most;
       const int64_t busiest = ceil_divide(grid_x * grid_y, gpu.multiprocessors);
-      const int64_t cost =
-          ceil_divide(most, grid_y) *
-          multiprocessor_clocks(busiest, resident, step_clocks(tile), kWaitClocks * 64 / Tile::kStepBytes);
+      const int64_t round = steps * multiprocessor_clocks(busiest, resident, kClocks.step, kWait) +
+                            multiprocessor_clocks(busiest, resident, kClocks.epilogue, 0);
+      const int64_t cost = ceil_divide(most, grid_y) * round;
       // Among equal costs, blocks that are resident together are better than one block that does their work
       // in turn, because the epilogue of one runs beside the main loop of another. Further blocks are not:
       // a block that goes on loads ahead, a new one begins with an empty pipeline.

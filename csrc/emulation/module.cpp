@@ -146,7 +146,8 @@ py::dict tile(const std::string& element, const std::string& shape) {
     facts["neurons"] = T::kNeurons;
     facts["blocks"] = T::kBlocks;
     facts["shared_bytes"] = T::kSharedBytes;
-    facts["step_clocks"] = nemo_ext::cuda::step_clocks(tile);
+    constexpr nemo_ext::cuda::Clocks kClocks = nemo_ext::cuda::clocks_of(T{});
+    facts["clocks"] = py::make_tuple(kClocks.step, kClocks.wait, kClocks.epilogue);
     return facts;
   });
 }

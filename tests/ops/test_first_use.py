@@ -6,7 +6,7 @@ import op_cases
 import pytest
 import torch
 
-from nemo_ext import _module, first_use
+from nemo_ext import _module, first_use, info
 
 CPU = torch.device("cpu")
 every_dtype = pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
@@ -66,7 +66,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
+    monkeypatch.setattr(info, "cuda_of_driver", lambda: (12, 4))
     modes = ["error"]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
