@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # in_features, the width of the text -> out_features of single value layers, and of the seven searched ones together
 LAYERS = {
     768: (320, 640, 1280, 5760),  # Stable Diffusion 1
-    1024: (320, 640, 1280, 5760),  # Stable Diffusion 2
+    1024: (5760,),  # Stable Diffusion 2, whose widths are the same
     2048: (640, 1280),  # Stable Diffusion XL
 }
 SHAPES = {  # (batch, in_features, out_features)
@@ -37,6 +37,7 @@ ONE_THREAD = " on one thread"
 PATHS = ("kernel", "library")  # docs/kernels.md
 PATIENCE = 6  # seconds that one product may take: on some CPUs it is slow in half precision
 QUICK_SHAPES = [(8, 768, 640)]
+SECONDS = {"cpu": 3.0, "cuda": 0.3}  # for one shape and dtype; on a GPU these are hundreds of calls
 
 KEYS = ("what", "dtype", "batch", "tokens", "in_features", "out_features")
 SHOWN = (
@@ -310,7 +311,7 @@ def main() -> None:
                 if product > PATIENCE:
                     print(f"{dtype} {shape} is left out: PyTorch's product alone would take about {product:.0f} s")
                     continue
-                for row in measure_shape(shape, dtype, run.device, seconds=1 if run.quick else 3):
+                for row in measure_shape(shape, dtype, run.device, seconds=1 if run.quick else SECONDS[run.device]):
                     relate(row, copy, matmuls)
                     run.add(row)
                     rows.append(row)
