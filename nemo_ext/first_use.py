@@ -1,4 +1,4 @@
-"""A check of the CUDA operators at their first use on a device, because no test of this project could run there.
+"""A check of the CUDA operators at their first use on a device, because the tests of this project ran on one GPU only.
 
 Whatever is wrong with a driver, a GPU or a kernel shows here as one error, and not as neurons that are not there.
 """

@@ -114,9 +114,9 @@ constexpr int resident_blocks(const Gpu& gpu) {
 // The clocks for which one block occupies its multiprocessor: those measured on an H200, as docs/kernels.md
 // tells under "Plans". Other GPUs have not been measured.
 struct Clocks {
-  int step;      // for 64 bytes of in_features, beside other blocks
-  int wait;      // more for a step, where no other block runs meanwhile: the barrier, the first fragments, the
-                 // last products
+  int step;  // for 64 bytes of in_features, beside other blocks
+  int wait;  // more for a step, where no other block runs meanwhile: the barrier, the first fragments, the
+             // last products
   int epilogue;  // for the epilogue of a round
 };
 
@@ -217,9 +217,9 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
   });
 }
 
-// The products of one launch, in float32, shall still be in the L2 cache (40 MB on an A100, 50 on an H100)
-// when they are finished.
-constexpr int64_t kProductBytes = int64_t(16) << 20;
+// The memory that a call may take for products, in float32. One launch for all prompts is the fastest on an
+// H200, also where its products are larger than the L2 cache (docs/kernels.md, "On an H200").
+constexpr int64_t kProductBytes = int64_t(256) << 20;
 
 // The plan of a call whose products a library computes.
 inline Plan plan_of_library(const Projection& p, const Gpu& gpu, int64_t product_bytes = kProductBytes) {

@@ -105,6 +105,7 @@ def test_calls_that_fill_the_gpu_are_as_exact(check, device):
         check(case, device)
 
 
+@pytest.mark.usefixtures("_path_of_the_kernel")
 @every_dtype
 def test_a_prompts_results_are_the_same_alone_and_in_a_call_that_fills_the_gpu(dtype, device):
     hidden, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((200, 77, 200), (700, 200)))

@@ -465,3 +465,24 @@ def test_a_source_distribution_is_complete_and_installs_without_a_cuda_toolkit(t
     # How the bundled model was made stays in the sources.
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} <= {"nemo_ext", "bin"}
     assert {path.name for path in (site / "nemo_ext" / "demo").glob("*.py")} == {"__init__.py", "captions.py", "run.py"}
+
+
+def test_info_asks_the_driver_itself_which_cuda_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not through a private function of PyTorch, which some versions don't have."""
+
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(version: object) -> int:
+            version._obj.value = 12040  # type: ignore[attr-defined]
+            return 0
+
+    monkeypatch.setattr(info.ctypes, "CDLL", lambda name: {"libcuda.so.1": Driver()}[name])
+    assert info.cuda_of_driver() == (12, 4)
+
+
+def test_info_tells_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_name: str) -> object:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(info.ctypes, "CDLL", missing)
+    assert info.cuda_of_driver() == (0, 0)
