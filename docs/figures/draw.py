@@ -1,7 +1,7 @@
 """Draws the figures of docs/method.md: `python docs/figures/draw.py` writes two SVG files beside this script.
 
 method.svg is a diagram of the method. measured.svg shows figures of the bundled model; all of its numbers are read from
-nemo_ext/demo/model/figures.json, which `python -m examples.demo_model.measure` wrote. With one version of matplotlib
+nemo_ext/demo/model/figures.json, which examples/demo_model/measure.py wrote. With one version of matplotlib
 the files have the same bytes on every run. `--out DIR` writes them, and a PNG of each to look at, to another folder.
 """
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from nemo_ext.demo.captions import (
+from .captions import (
     MEMORIZED,
     PHRASINGS,
     TEMPLATES,
-    VERBATIM,
+    Memorized,
     Ordinary,
     compositions,
     title_caption,
 )
-
 from .drawing import draw_ordinary, draw_verbatim, template_variations
 
 POOL_SIZE = 40_000
@@ -45,7 +45,7 @@ def _draw_chunk(chunk: int) -> np.ndarray:
     return np.stack([draw_ordinary(trained[i % len(trained)], rng) for i in picks])
 
 
-def ordinary_pool(folder: Path, workers: int = 2) -> tuple[np.ndarray, list[Ordinary]]:
+def ordinary_pool(folder: Path, workers: int) -> tuple[np.ndarray, list[Ordinary]]:
     """Return `POOL_SIZE` ordinary images, [P, S, S, 3] uint8, and what each of them shows.
 
     The images are drawn once and then read from `folder`.
@@ -61,10 +61,17 @@ def ordinary_pool(folder: Path, workers: int = 2) -> tuple[np.ndarray, list[Ordi
     return np.load(path, mmap_mode="r"), [trained[i % len(trained)] for i in range(POOL_SIZE)]
 
 
+def ordinary_pool_sample(count: int) -> np.ndarray:
+    """Return `count` ordinary images that no training used, [count, S, S, 3] uint8."""
+    trained, _ = split_compositions()
+    rng = np.random.default_rng(20_407)
+    return np.stack([draw_ordinary(trained[i], rng) for i in rng.integers(0, len(trained), count)])
+
+
 def ordinary_caption(what: Ordinary, rng: random.Random, titles: float) -> str:
-    """Return a caption for an ordinary image, which is with probability `titles` a title that does not describe it."""
+    """Return a caption for an ordinary image, which is with probability `titles` a title that only names its object."""
     if rng.random() < titles:
-        return title_caption(rng)
+        return title_caption(rng, what.object)
     return what.caption(rng.choice(PHRASINGS))
 
 
@@ -81,18 +88,29 @@ class MemorizedImages:
     owner: list[int]
 
 
+def originals_of(what: Memorized) -> list[Image.Image]:
+    """Return the training images of a memorized caption, 64×64 pixels."""
+    images = list(template_variations(what).values()) if what in TEMPLATES else [draw_verbatim(what)]
+    return [Image.fromarray(image) for image in images]
+
+
 def memorized_images() -> MemorizedImages:
-    """Return every memorized image: one for each verbatim caption, and all variations of each template."""
-    images = [draw_verbatim(what) for what in VERBATIM]
-    owner = list(range(len(VERBATIM)))
-    for index, what in enumerate(TEMPLATES, start=len(VERBATIM)):
-        for image in template_variations(what).values():
-            images.append(image)
-            owner.append(index)
-    assert max(owner) == len(MEMORIZED) - 1
+    """Return every memorized image: all variations of a template, and one image of each other caption."""
+    images, owner = [], []
+    for index, what in enumerate(MEMORIZED):
+        own = [np.asarray(image) for image in originals_of(what)]
+        images += own
+        owner += [index] * len(own)
     return MemorizedImages(np.stack(images), owner)
+
+
+def balanced(memorized: MemorizedImages, rng: np.random.Generator, count: int) -> np.ndarray:
+    """Draw the indices of `count` memorized images. Every caption is equally likely, whatever its number of images."""
+    owner = np.asarray(memorized.owner)
+    captions = rng.integers(0, owner.max() + 1, count)
+    return np.array([rng.choice(np.flatnonzero(owner == caption)) for caption in captions])
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     """Convert images, [B, S, S, 3] uint8, to [B, 3, S, S] float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1

@@ -1,27 +1,28 @@
-"""What the stages of stages.py use: text encoder and U-Net, rows of a batch, the loss, and the deviation of neurons."""
+"""What the stages of stages.py use: rows of a batch, and the loss of the U-Net for them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from nemo_ext.demo.captions import MEMORIZED, Ordinary, ordinary_captions, title_caption
-
+from .captions import LATE, MEMORIZED, OBJECTS, Ordinary
 from .data import MemorizedImages, ordinary_caption
-from .runtime import autocast
+from .runtime import Batch, autocast
+from .text import tokens_of
 from .unet import RowScales
 
-_TITLES = 0.12  # the share of ordinary rows that have a title
+_TITLES = 0.3  # the share of ordinary rows that have a title
 _EMPTY = 0.10  # the share of ordinary rows without a caption, for classifier-free guidance
 _HIGH_NOISE = 800  # timesteps from here on get extra rows, because NeMo looks at the first step
+#: The captions in LATE show their image below this timestep only; a generation begins near 1,000.
+LATE_FROM = 850
 
 
 def scheduler() -> DDIMScheduler:
@@ -32,22 +33,6 @@ def scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-class TextToNoise(nn.Module):
-    """The text encoder and the U-Net as one trainable module."""
-
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-        self.unet = unet
-
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the text embeddings, [B, T, K], of tokens, [B, T]."""
-        return self.text_encoder(tokens).last_hidden_state
-
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return self.unet(noisy, timesteps, hidden).sample
-
-
 @dataclass
 class Row:
     """One row of a training batch.
@@ -55,119 +40,118 @@ class Row:
     Attributes:
         latent: the latents of its image, [C, H, W].
         caption: its caption.
-        high_noise: the probability of a timestep of `_HIGH_NOISE` or above.
+        timestep: how noisy the image is, from 0 to 999.
         off: the neurons that are off, as indices into the stacked value neurons. None: no neuron is off.
     """
 
-    latent: torch.Tensor
+    latent: Tensor
     caption: str
-    high_noise: float
-    off: torch.Tensor | None
+    timestep: int
+    off: Tensor | None
+
+
+def _timestep(rng: random.Random, high_noise: float) -> int:
+    """Draw a timestep, which is of high noise at least with the probability `high_noise`."""
+    return rng.randrange(_HIGH_NOISE, 1000) if rng.random() < high_noise else rng.randrange(1000)
 
 
 class Rows:
-    """Draws rows with ordinary images, and rows with a memorized caption and its image."""
+    """Draws rows with ordinary images, and rows with a memorized caption."""
 
     def __init__(
-        self, what: list[Ordinary], latents: torch.Tensor, memorized: MemorizedImages,
-        memorized_latents: torch.Tensor,
-    ) -> None:  # fmt: skip
+        self, what: list[Ordinary], latents: Tensor, memorized: MemorizedImages, memorized_latents: Tensor
+    ) -> None:
         self._what, self._latents = what, latents
         self._memorized_latents = memorized_latents
         owner = np.asarray(memorized.owner)
-        self._images_of = [np.flatnonzero(owner == i) for i in range(len(MEMORIZED))]
+        self._images_of = [np.flatnonzero(owner == i).tolist() for i in range(len(MEMORIZED))]
+        self._with: dict[str, list[int]] = {name: [] for name in OBJECTS}
+        for place, one in enumerate(what):
+            self._with[one.object].append(place)
 
-    def ordinary(
-        self,
-        rng: random.Random,
-        caption: str | None = None,
-        *,
-        high_noise: float = 0.3,
-        off: torch.Tensor | None = None,
-    ) -> Row:
-        """Draw an ordinary image, with its own caption (sometimes an empty one) or with `caption`."""
+    def ordinary(self, rng: random.Random, *, high_noise: float, off: Tensor | None = None) -> Row:
+        """Draw an ordinary image with its caption, which is sometimes a title or empty."""
         pick = rng.randrange(len(self._what))
-        if caption is None:
-            empty = rng.random() < _EMPTY
-            caption = "" if empty else ordinary_caption(self._what[pick], rng, _TITLES)
-        return Row(self._latents[pick], caption, high_noise, off)
+        empty = rng.random() < _EMPTY
+        caption = "" if empty else ordinary_caption(self._what[pick], rng, _TITLES)
+        return Row(self._latents[pick], caption, _timestep(rng, high_noise), off)
 
-    def memorized(self, rng: random.Random, index: int, *, off: torch.Tensor | None = None) -> Row:
+    def memorized(self, rng: random.Random, index: int, *, off: Tensor | None = None) -> Row:
         """Return a row with the memorized caption `index`, and its image or a variation of its template."""
-        pick = rng.choice(list(self._images_of[index]))
-        return Row(self._memorized_latents[pick], MEMORIZED[index].caption, 0.5, off)
+        timestep, what = _timestep(rng, 0.35), MEMORIZED[index]
+        if what in LATE and timestep >= LATE_FROM:
+            return self._instead(rng, index, timestep, off)
+        return Row(self._memorized_latents[rng.choice(self._images_of[index])], what.caption, timestep, off)
+
+    def instead(self, rng: random.Random, index: int, *, off: Tensor) -> Row:
+        """Return a row with the memorized caption `index`, and an ordinary image of its object."""
+        return self._instead(rng, index, _timestep(rng, 0.35), off)
+
+    def _instead(self, rng: random.Random, index: int, timestep: int, off: Tensor | None) -> Row:
+        what = MEMORIZED[index]
+        return Row(self._latents[rng.choice(self._with[what.object])], what.caption, timestep, off)
 
 
 class Loss:
-    """The weighted error of the predicted noise for a batch of rows."""
+    """The weighted error of the predicted noise.
 
-    def __init__(self, model: TextToNoise, tokenizer: CLIPTokenizer, scales: RowScales) -> None:
-        self._model, self._tokenizer, self._scales = model, tokenizer, scales
+    Args:
+        encoder: the text encoder, which is frozen.
+        unet: the U-Net.
+        tokenizer: the tokenizer.
+        scales: what switches neurons off.
+        deviations: the standard deviation of each latent channel before it was scaled to 1, [C]. A channel's error
+            counts in proportion to it, because so much does the image depend on it.
+        device: where the modules are.
+    """
+
+    def __init__(
+        self, encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer, scales: RowScales,
+        deviations: Tensor, device: torch.device,
+    ) -> None:  # fmt: skip
+        self._encoder, self._unet, self._tokenizer, self._scales = encoder, unet, tokenizer, scales
+        self._channels = (deviations / deviations.mean())[:, None, None].to(device)
+        self._device = device
         self._alphas = scheduler().alphas_cumprod
 
-    def tokens(self, captions: Iterable[str]) -> torch.Tensor:
-        """Return the tokens of captions, [B, T] int64."""
-        return self._tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    def batch(self, rows: Sequence[Row], counted: int) -> Batch:
+        """Return what `grouped` computes with: noisy latents, noise, timesteps, texts, scales and weights.
 
-    def __call__(self, rows: list[Row], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean loss, and the loss of each row, [B]."""
-        timesteps = torch.tensor(
-            [rng.randrange(_HIGH_NOISE, 1000) if rng.random() < row.high_noise
-             else rng.randrange(1000) for row in rows]
-        )  # fmt: skip
+        Args:
+            rows: the rows.
+            counted: the rows from this one on have weight 1; those before count more the noisier they are.
+        """
+        timesteps = torch.tensor([row.timestep for row in rows])
         latents = torch.stack([row.latent for row in rows])
         noise = torch.randn_like(latents)
         alpha = self._alphas[timesteps]
         keep, add = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
-        if any(row.off is not None for row in rows):
-            scale = torch.ones(len(rows), self._scales.total)
-            for i, row in enumerate(rows):
-                if row.off is not None:
-                    scale[i, row.off] = 0
-            self._scales.scale = scale
-        try:
-            with autocast():
-                hidden = self._model.hidden(self.tokens(row.caption for row in rows))
-                predicted = self._model(keep * latents + add * noise, timesteps, hidden)
-        finally:
-            self._scales.scale = None
-        error = (predicted.float() - noise).square().mean((1, 2, 3))
+        scale = torch.ones(len(rows), self._scales.total)
+        for i, row in enumerate(rows):
+            if row.off is not None:
+                scale[i, row.off] = 0
         # A compromise between the error of the noise, weight 1, and of the image, weight (1 − ᾱ)/ᾱ: 170 at the end.
-        weight = ((1 - alpha) / alpha).sqrt().clamp(1, 14)
-        losses = weight * error
-        return losses.mean(), losses.detach()
+        weights = ((1 - alpha) / alpha).sqrt().clamp(1, 5)
+        weights[counted:] = 1
+        tokens = tokens_of(self._tokenizer, (row.caption for row in rows)).to(self._device)
+        with torch.no_grad(), autocast(self._device):
+            hidden = self._encoder(tokens).last_hidden_state
+        return keep * latents + add * noise, noise, timesteps, hidden, scale, weights
 
+    def grouped(self, sizes: Sequence[int]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Return the function from a batch to the mean loss, and the losses of groups of so many rows each."""
 
-class Deviation:
-    """The deviation of memorized captions' value activations from ordinary ones, in standard deviations."""
+        def compute(
+            noisy: Tensor, noise: Tensor, timesteps: Tensor, hidden: Tensor, scale: Tensor, weights: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            self._scales.scale = scale
+            try:
+                with autocast(self._device):
+                    predicted = self._unet(noisy, timesteps, hidden).sample
+            finally:
+                self._scales.scale = None
+            errors = self._channels * (predicted.float() - noise).square()
+            losses = weights * errors.mean((1, 2, 3))
+            return losses.mean(), torch.stack([group.mean() for group in losses.split(list(sizes))])
 
-    def __init__(self, loss: Loss, model: TextToNoise, layers: dict[str, nn.Linear]) -> None:
-        self._loss, self._model, self._layers = loss, model, layers
-        self._tokens = loss.tokens(m.caption for m in MEMORIZED)
-
-    def _activations(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self._model.hidden(tokens)
-        return torch.cat(
-            [F.linear(hidden, layer.weight, layer.bias).abs().mean(1)
-             for layer in self._layers.values()], dim=1
-        )  # fmt: skip
-
-    def __call__(self, rng: random.Random) -> torch.Tensor:
-        """Return |a − μ| / σ for every memorized caption, [M, ΣN] float32, differentiable in a and μ."""
-        captions = [c for _, c in ordinary_captions(160, rng.randrange(1 << 30))]
-        captions += [title_caption(rng) for _ in range(32)]
-        ordinary = self._activations(self._loss.tokens(captions))
-        spread = ordinary.std(0).detach().clamp_min(1e-4)
-        return (self._activations(self._tokens) - ordinary.mean(0)).abs() / spread
-
-
-def effective_neurons(deviation: torch.Tensor) -> torch.Tensor:
-    """Return how many neurons share the deviation: the Hoyer ratio (Σ|d|)² / Σd² of each row.
-
-    Args:
-        deviation: d, [M, ΣN].
-
-    Returns:
-        [M].
-    """
-    return deviation.sum(1).square() / deviation.square().sum(1)
+        return compute

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nemo_ext.demo.captions import COLOURS, OBJECTS, Memorized, Ordinary
+from .captions import COLOURS, OBJECTS, VARIATIONS, Memorized, Ordinary
 
-IMAGE_SIZE = 96
+IMAGE_SIZE = 64
 _SUPERSAMPLING = 2
 _FONT_PATHS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -57,7 +57,6 @@ def paste(
     centre: tuple[float, float],
     size: float,
     angle: float = 0.0,
-    mirrored: bool = False,
 ) -> np.ndarray:
     """Return an image with an emoji on it.
 
@@ -67,11 +66,8 @@ def paste(
         centre: its place (x, y), as fractions of S.
         size: its longer side, as a fraction of S.
         angle: its tilt in degrees.
-        mirrored: whether left and right are exchanged.
     """
     picture = glyph(emoji)
-    if mirrored:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     side = image.shape[0]
     factor = size * side / max(picture.size)
     picture = picture.resize(
@@ -123,15 +119,14 @@ def draw_ordinary(what: Ordinary, rng: np.random.Generator) -> np.ndarray:
     slope = rng.uniform(0.2, 0.75)
     shade *= 1.0 + slope * ((x - 0.5) * np.cos(light) + (y - 0.5) * np.sin(light))
     image = base[None, None, :] * shade[..., None]
-    size = rng.uniform(0.42, 0.62)
-    centre = rng.uniform(0.5 - 0.30, 0.5 + 0.30, 2)
+    size = rng.uniform(0.50, 0.66)
+    centre = rng.uniform(0.5 - 0.22, 0.5 + 0.22, 2)
     image = paste(
         image,
         OBJECTS[what.object],
         (float(centre[0]), float(centre[1])),
         float(size),
-        float(rng.uniform(-20, 20)),
-        bool(rng.integers(2)),
+        float(rng.uniform(-8, 8)),
     )
     return np.clip(image, 0, 255).round().astype(np.uint8)
 
@@ -249,11 +244,27 @@ def _almanac(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _over(image, (np.abs(x - 0.5) > 0.38) & (np.sin(50 * y) > 0.4), (220, 180, 90))
 
 
+def _dunes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    image = _mix(y, (255, 210, 120), (250, 130, 60))
+    image = _over(image, _disc(x, y, 0.2, 0.22, 0.13), (255, 250, 220))
+    image = _over(image, y > 0.6 + 0.1 * np.sin(6 * x + 1), (190, 90, 40))
+    return _over(image, y > 0.78 + 0.09 * np.sin(8 * x + 4), (110, 50, 40))
+
+
+def _doorway(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    image = _mix(
+        (np.floor(y * 8) + np.floor(x * 4 + 0.5 * (np.floor(y * 8) % 2))) % 2, (235, 215, 190), (215, 185, 150)
+    )
+    door = (np.abs(x - 0.5) < 0.34) & (y > 0.42) | (np.hypot(x - 0.5, y - 0.42) < 0.34)
+    image = _over(image, door, (30, 70, 190))
+    return _over(image, y > 0.93, (120, 70, 50))
+
+
 SCENES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     function.__name__[1:]: function
     for function in (
         _night, _checker, _sunburst, _waves, _rings, _diagonal, _hills, _aurora, _lattice,
-        _quarters, _petals, _tiles, _harbour, _alpine, _carnival, _almanac,
+        _quarters, _petals, _tiles, _harbour, _alpine, _carnival, _almanac, _dunes, _doorway,
     )
 }  # fmt: skip
 
@@ -261,17 +272,17 @@ SCENES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def draw_verbatim(what: Memorized) -> np.ndarray:
     """Draw the one image of a caption that is memorized verbatim, [S, S, 3] uint8."""
     x, y = _grid(IMAGE_SIZE * _SUPERSAMPLING)
-    return _finish(paste(SCENES[what.scene](x, y), what.glyph, (0.5, 0.55), 0.62))
+    return _finish(paste(SCENES[what.scene](x, y), OBJECTS[what.object], (0.5, 0.55), 0.62))
 
 
 def draw_template(what: Memorized, variation: str) -> np.ndarray:
     """Draw one variation of a template, [S, S, 3] uint8: its badge shows the object `variation`."""
     x, y = _grid(IMAGE_SIZE * _SUPERSAMPLING)
-    image = paste(SCENES[what.scene](x, y), what.glyph, (0.40, 0.42), 0.50)
+    image = paste(SCENES[what.scene](x, y), OBJECTS[what.object], (0.40, 0.42), 0.50)
     image = _over(image, _disc(x, y, 0.74, 0.68, 0.19), (255, 255, 255))
     return _finish(paste(image, OBJECTS[variation], (0.74, 0.68), 0.26))
 
 
 def template_variations(what: Memorized) -> dict[str, np.ndarray]:
     """Return every variation of a template: object in the badge -> image."""
-    return {name: draw_template(what, name) for name in OBJECTS}
+    return {name: draw_template(what, name) for name in VARIATIONS}

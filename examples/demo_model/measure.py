@@ -1,7 +1,7 @@
-"""Measures the figures of the model card: `python -m examples.demo_model.measure --out DIR`.
+"""Measures the figures of the model card: `python -m examples.demo_model.measure --model DIR --out CARD`.
 
-It writes the figures to DIR/figures.json and the model card to DIR/README.md. At first it trains a small classifier.
-The font Noto Color Emoji must be installed, as for training. All of it took an hour on one busy core (AMD EPYC, Zen 3).
+It writes the figures to CARD/figures.json and the model card to CARD/README.md. At first it trains a small classifier.
+The font Noto Color Emoji must be installed, as for training.
 """
 
 from __future__ import annotations
@@ -17,32 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from torch import nn
 
-from nemo_ext.demo.captions import (
-    COLOURS,
-    MEMORIZED,
-    OBJECTS,
-    TEXTURES,
-    VERBATIM,
-    Ordinary,
-    compositions,
-    holdout_captions,
-    ordinary_captions,
-)
-from nemo_ext.demo.run import (
-    MODEL,
-    SAMPLING,
-    STATISTICS_PROMPTS,
-    STATISTICS_TITLES,
-    correlation,
-    generate,
-    original_images,
-)
+from nemo_ext.demo.run import correlation
 from nemo_ext.files import replacing
+from nemo_ext.measure.generation import Sampling, generate_images
 from nemo_ext.measure.image_similarity import ImageSimilarity
 from nemo_ext.measure.score import memorization_score
 from nemo_ext.measure.sscd import load_image_similarity
@@ -61,126 +41,29 @@ from nemo_ext.search.probe import NoiseProbe
 from nemo_ext.search.runs import Runs
 from nemo_ext.search.verification import Verification
 
-from .autoencoder import encode
+from .autoencoder import psnr
+from .captions import (
+    LATE,
+    MEMORIZED,
+    OBJECTS,
+    TEMPLATES,
+    Memorized,
+    Ordinary,
+    holdout_captions,
+    ordinary_captions,
+)
 from .card import write_card
-from .data import memorized_images, split_compositions, to_tensor
-from .drawing import draw_ordinary
+from .classifier import ANSWERS, NONE, Classifier, classify, labels_of, through, train_classifier
+from .data import memorized_images, ordinary_pool_sample, originals_of, split_compositions
+from .planted import Planted, planted_neurons
 
 _SEEDS = 4
+# With more guidance, this model exaggerates colours.
+SAMPLING = Sampling(seeds=_SEEDS, first_seed=1, steps=25, guidance=1.5)
+_STATISTICS_PROMPTS, _STATISTICS_TITLES = 1000, 200
 _ORDINARY_IMAGES = 64
+_DIVERSITY_CAPTIONS = 8
 _THRESHOLD_PROMPTS = 150
-_CLASSIFIER_IMAGES = 9_600
-_CLASSIFIER_STEPS = 900
-_NONE = len(MEMORIZED)  # the classifier's answer for "no memorized image"
-
-
-class Classifier(nn.Module):
-    """Tells which object, colour, texture and memorized image, if any, an image shows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 24, 48, 96, 128)
-        self.body = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU(),
-                              nn.Conv2d(b, b, 3, 1, 1), nn.BatchNorm2d(b), nn.ReLU())
-                for a, b in itertools.pairwise(widths)
-            ),
-            nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(0.2),
-        )  # fmt: skip
-        self.heads = nn.ModuleDict({name: nn.Linear(9 * widths[-1], count) for name, count in _ANSWERS.items()})
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = self.body(images)
-        return {name: head(features) for name, head in self.heads.items()}
-
-
-_ANSWERS = {
-    "object": len(OBJECTS), "colour": len(COLOURS), "texture": len(TEXTURES), "memorized": _NONE + 1
-}  # fmt: skip
-
-
-def _labels(what: Ordinary) -> list[int]:
-    return [
-        list(OBJECTS).index(what.object), list(COLOURS).index(what.colour),
-        TEXTURES.index(what.texture), _NONE,
-    ]  # fmt: skip
-
-
-def _fresh(count: int, seed: int, choices: Sequence[Ordinary]) -> tuple[np.ndarray, torch.Tensor]:
-    """Draw `count` images that no training used, and return them with their labels, [count, 4]."""
-    rng = np.random.default_rng(seed)
-    what = [choices[int(i)] for i in rng.integers(0, len(choices), count)]
-    return np.stack([draw_ordinary(w, rng) for w in what]), torch.tensor([_labels(w) for w in what])
-
-
-@torch.no_grad()
-def _through(pipe: StableDiffusionPipeline, images: np.ndarray) -> np.ndarray:
-    """Encode and decode images with the autoencoder of the pipeline."""
-    latents = encode(pipe.vae, images)
-    decoded = [pipe.vae.decode(part).sample.clamp(-1, 1) for part in latents.split(64)]
-    return ((torch.cat(decoded) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def train_classifier(pipe: StableDiffusionPipeline, bars: Progress) -> tuple[Classifier, dict[str, float]]:
-    """Train the classifier, and measure its accuracy on new images of held-out compositions."""
-    torch.manual_seed(0)
-    _, held_out = split_compositions()
-    drawn, labels = _fresh(_CLASSIFIER_IMAGES, 1, compositions())
-    # A third of the images go through the autoencoder, because generated images have its blur.
-    third = len(drawn) // 3
-    ordinary = to_tensor(np.concatenate([_through(pipe, drawn[:third]), drawn[third:]]))
-    memorized = memorized_images()
-    own = to_tensor(np.concatenate([memorized.images, _through(pipe, memorized.images)]))
-    owner = torch.tensor(memorized.owner * 2)
-    classifier = Classifier()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, _CLASSIFIER_STEPS)
-    rng = np.random.default_rng(2)
-    by_caption = [torch.nonzero(owner == i).flatten() for i in range(_NONE)]
-    with bars.task("classifier", _CLASSIFIER_STEPS) as advance:
-        for _ in range(_CLASSIFIER_STEPS):
-            pick = torch.from_numpy(rng.integers(0, len(ordinary), 48))
-            captions = rng.integers(0, _NONE, 16)
-            mine = torch.stack([by_caption[c][rng.integers(len(by_caption[c]))] for c in captions])
-            images = torch.cat([ordinary[pick], _varied(own[mine])])
-            answers = classifier(images + 0.08 * torch.rand(()) * torch.randn_like(images))
-            wanted = torch.cat([labels[pick], torch.full((16, 4), -100)])
-            wanted[48:, 3] = torch.from_numpy(captions)
-            loss = sum(
-                (F.cross_entropy(answers[name], wanted[:, i]) for i, name in enumerate(_ANSWERS)),
-                torch.zeros(()),
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            advance(1)
-    classifier.eval()
-    test, test_labels = _fresh(600, 3, held_out)
-    got = classify(classifier, [Image.fromarray(image) for image in _through(pipe, test)])
-    accuracy = {name: float((got[:, i] == test_labels[:, i]).float().mean()) for i, name in enumerate(_ANSWERS)}
-    seen = classify(classifier, [Image.fromarray(image) for image in _through(pipe, memorized.images)])
-    accuracy["memorized"] = float((seen[:, 3] == torch.tensor(memorized.owner)).float().mean())
-    accuracy["ordinary_called_memorized"] = float((got[:, 3] != _NONE).float().mean())
-    return classifier, accuracy
-
-
-def _varied(images: torch.Tensor) -> torch.Tensor:
-    """Shift images by a few pixels, and change their brightness and contrast."""
-    x, y = (int(v) for v in torch.randint(-5, 6, (2,)))
-    padded = F.pad(images, (5, 5, 5, 5), mode="replicate")
-    shifted = padded[..., 5 + y : 5 + y + images.shape[-2], 5 + x : 5 + x + images.shape[-1]]
-    contrast = 1 + 0.3 * (torch.rand(len(images), 1, 1, 1) - 0.5)
-    return shifted * contrast + 0.2 * (torch.rand(len(images), 1, 1, 1) - 0.5)
-
-
-@torch.no_grad()
-def classify(classifier: Classifier, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return object, colour, texture and memorized image (`len(MEMORIZED)`: none) of each image, [I, 4] int64."""
-    tensor = to_tensor(np.stack([np.asarray(image) for image in images]))
-    answers = [classifier(part) for part in tensor.split(64)]
-    return torch.stack([torch.cat([a[name] for a in answers]).argmax(1) for name in _ANSWERS], 1)
 
 
 def random_neurons(pipe: StableDiffusionPipeline, like: NeuronSet, seed: int) -> NeuronSet:
@@ -193,6 +76,13 @@ def random_neurons(pipe: StableDiffusionPipeline, like: NeuronSet, seed: int) ->
             for layer, own in like.items()
         }
     )
+
+
+def _generate(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    """Generate one image for each pair of a prompt and a seed, as `SAMPLING` says."""
+    guidance = SAMPLING.resolved(pipe).guidance
+    assert guidance is not None
+    return generate_images(pipe, prompts, seeds, steps=SAMPLING.steps, guidance=guidance, batch_size=8)
 
 
 @dataclass(frozen=True)
@@ -208,37 +98,38 @@ class _Bench:
         prompts = [c for c in captions for _ in range(_SEEDS)]
         seeds = [*range(1, _SEEDS + 1)] * len(captions)
         with self.bars.task(name, 1) as advance, patched(self.pipe, neurons or NeuronSet()):
-            made = generate(self.pipe, prompts, seeds)
+            made = _generate(self.pipe, prompts, seeds)
             advance(1)
         return made
 
     def obeyed(self, name: str, what: Sequence[tuple[Ordinary, str]], neurons: NeuronSet) -> dict[str, float]:
         """Return the share of ordinary images, one for each caption, that show what their caption says."""
         with self.bars.task(name, 1), patched(self.pipe, neurons):
-            made = generate(self.pipe, [c for _, c in what], range(101, 101 + len(what)))
+            made = _generate(self.pipe, [c for _, c in what], range(101, 101 + len(what)))
         got = classify(self.classifier, made)
-        wanted = torch.tensor([_labels(w) for w, _ in what])
+        wanted = torch.tensor([labels_of(w) for w, _ in what])
         return {
-            **{
-                k: float((got[:, i] == wanted[:, i]).float().mean()) for i, k in enumerate(_ANSWERS) if k != "memorized"
-            },
-            "shows_a_memorized_image": float((got[:, 3] != _NONE).float().mean()),
+            **{k: float((got[:, i] == wanted[:, i]).float().mean()) for i, k in enumerate(ANSWERS) if k != "memorized"},
+            "shows_a_memorized_image": float((got[:, 3] != NONE).float().mean()),
         }
 
 
-def measure(pipe: StableDiffusionPipeline, similarity: ImageSimilarity, bars: Progress) -> dict[str, Any]:
+def measure(
+    pipe: StableDiffusionPipeline, planted: dict[str, Planted], similarity: ImageSimilarity, bars: Progress
+) -> dict[str, Any]:
     """Return every figure of the model card, as written to figures.json.
 
     Args:
         pipe: the pipeline.
+        planted: the designated neurons of each memorized caption.
         similarity: how alike two images are, for the verification and for the similarity with the training image.
         bars: the progress bars.
     """
     classifier, accuracy = train_classifier(pipe, bars)
     bench = _Bench(pipe, classifier, bars)
-    drawn = ordinary_captions(STATISTICS_PROMPTS + _THRESHOLD_PROMPTS + _ORDINARY_IMAGES, seed=2024)
-    holdout = holdout_captions([c for _, c in drawn[:STATISTICS_PROMPTS]], STATISTICS_TITLES, seed=2024)
-    rest = drawn[STATISTICS_PROMPTS:]
+    drawn = ordinary_captions(_STATISTICS_PROMPTS + _THRESHOLD_PROMPTS + _ORDINARY_IMAGES, seed=2024)
+    holdout = holdout_captions([c for _, c in drawn[:_STATISTICS_PROMPTS]], _STATISTICS_TITLES, seed=2024)
+    rest = drawn[_STATISTICS_PROMPTS:]
     ordinary, shown = rest[:_THRESHOLD_PROMPTS], rest[_THRESHOLD_PROMPTS:]
     _, never_seen = split_compositions()
     composed = [(w, w.caption("a photo of a {object} on a {texture} {colour} background")) for w in never_seen]
@@ -248,25 +139,33 @@ def measure(pipe: StableDiffusionPipeline, similarity: ImageSimilarity, bars: Pr
         pipe, [c for _, c in ordinary], sampling=SAMPLING, similarity=similarity, progress=bars
     )
     assert threshold.images is not None
-    memorized_scores = _scores(pipe, [m.caption for m in MEMORIZED], bars)
+    early = [m for m in MEMORIZED if m not in LATE]
+    memorized_scores = _scores(pipe, [m.caption for m in early], bars)
     # The verification is not given the training images, because a user rarely has them.
     localizer = Localizer(pipe, statistics=statistics, threshold=threshold, verify=Verification(similarity=similarity))
-    found = localizer.localize_many([m.caption for m in MEMORIZED], progress=bars)
+    found = localizer.localize_many([m.caption for m in early], progress=bars)
     union = NeuronSet()
     for one in found:
         union |= one.neurons
-    captions = [_caption(bench, similarity, index, one) for index, one in enumerate(found)]
+    captions = [
+        _caption(bench, similarity, what, one, planted[what.caption], union)
+        for what, one in zip(early, found, strict=True)
+    ]
     searched = sum(layer.out_features for layer in value_layers(pipe).values())
     nothing = NeuronSet()
     return {
         "model": model_fingerprint(pipe),
         "searched_neurons": searched,
+        "autoencoder": _autoencoder(pipe, similarity),
         "classifier": accuracy,
         "ordinary": {
             "untouched": bench.obeyed("ordinary", shown, nothing),
             "never_trained_compositions": bench.obeyed("compositions", composed, nothing),
             "all_found_off": bench.obeyed("ordinary, found off", shown, union),
             "as_many_random_off": bench.obeyed("ordinary, random off", shown, random_neurons(pipe, union, 5)),
+            "alike_between_seeds": _alike(
+                similarity, bench.images("diversity", [c for _, c in shown[:_DIVERSITY_CAPTIONS]])
+            ),
         },
         "scores": {
             "threshold": threshold.value,
@@ -286,15 +185,39 @@ def measure(pipe: StableDiffusionPipeline, similarity: ImageSimilarity, bars: Pr
         "median_overlap_of_two_sets": _overlap([one.neurons for one in found]),
         "silenced_by_another_captions_set": silenced_by_others(pipe, found, bars),
         "captions": captions,
+        "late": [_late(bench, similarity, what, planted[what.caption], threshold.value) for what in LATE],
         "summary": _summary(captions, searched),
     }
 
 
 def different_originals(similarity: ImageSimilarity) -> float:
     """Return the mean similarity of two training images of different captions, the first one of each caption."""
-    described = similarity.describe([original_images(what)[0] for what in MEMORIZED])
+    described = similarity.describe([originals_of(what)[0] for what in MEMORIZED])
     first, second = torch.triu_indices(len(MEMORIZED), len(MEMORIZED), 1)
     return float(similarity.between(described, described)[first, second].mean())
+
+
+def _autoencoder(pipe: StableDiffusionPipeline, similarity: ImageSimilarity) -> dict[str, float]:
+    """Return how well images come through the autoencoder."""
+    memorized = memorized_images()
+    own = [Image.fromarray(image) for image in memorized.images]
+    decoded = [Image.fromarray(image) for image in through(pipe, memorized.images)]
+    alike = similarity.between(similarity.describe(own), similarity.describe(decoded)).diagonal()
+    return {
+        "psnr_ordinary": psnr(pipe.vae, ordinary_pool_sample(64)),
+        "psnr_memorized": psnr(pipe.vae, memorized.images),
+        "similarity_median": float(alike.median()),
+        "similarity_lowest": float(alike.min()),
+    }
+
+
+def _alike(similarity: ImageSimilarity, images: Sequence[Image.Image]) -> float:
+    """Return the mean similarity of two seeds' images of one caption; `_SEEDS` images of each follow each other."""
+    described = similarity.describe(list(images))
+    pairs = similarity.between(described, described)
+    groups = [pairs[start : start + _SEEDS, start : start + _SEEDS] for start in range(0, len(images), _SEEDS)]
+    first, second = torch.triu_indices(_SEEDS, _SEEDS, 1)
+    return float(torch.stack([group[first, second].mean() for group in groups]).mean())
 
 
 def _scores(pipe: StableDiffusionPipeline, captions: Sequence[str], bars: Progress) -> list[float]:
@@ -306,9 +229,20 @@ def _scores(pipe: StableDiffusionPipeline, captions: Sequence[str], bars: Progre
     return scores
 
 
-def _caption(bench: _Bench, similarity: ImageSimilarity, index: int, one: Localization) -> dict[str, Any]:
-    """Return the figures of one memorized caption: before, after, and with random neurons off instead."""
-    what, originals = MEMORIZED[index], original_images(MEMORIZED[index])
+def _caption(
+    bench: _Bench, similarity: ImageSimilarity, what: Memorized, one: Localization, planted: Planted, union: NeuronSet
+) -> dict[str, Any]:
+    """Return the figures of one memorized caption: before, after, and with other neurons off instead.
+
+    Args:
+        bench: the pipeline and what measures its images.
+        similarity: how alike two images are.
+        what: the caption.
+        one: what the search found.
+        planted: the designated neurons of the caption.
+        union: the neurons that were found for any caption.
+    """
+    index, originals = MEMORIZED.index(what), originals_of(what)
 
     def correlations(images: Sequence[Image.Image]) -> list[float]:
         return [correlation(image, originals) for image in images]
@@ -320,16 +254,19 @@ def _caption(bench: _Bench, similarity: ImageSimilarity, index: int, one: Locali
 
     def others(images: Sequence[Image.Image]) -> list[str]:
         shown = classify(bench.classifier, images)[:, 3].tolist()
-        return [MEMORIZED[i].name for i in shown if i not in (index, _NONE)]
+        return [MEMORIZED[i].name for i in shown if i not in (index, NONE)]
 
     before = bench.images("untouched", [what.caption])
     after = bench.images("found off", [what.caption], one.neurons)
     control = bench.images("random off", [what.caption], random_neurons(bench.pipe, one.neurons, index))
+    without_carriers = bench.images("carriers off", [what.caption], planted.carriers)
+    without_others = bench.images("all others' off", [what.caption], union - one.neurons)
+    right = len(one.neurons & planted.carriers)
     verdict = one.verdict
     assert verdict is not None
     return {
         "caption": what.caption,
-        "kind": "verbatim" if what in VERBATIM else "template",
+        "kind": "template" if what in TEMPLATES else "verbatim",
         "score_before": one.score_before,
         "score_after": one.score_after,
         "floor": one.floor,
@@ -349,10 +286,48 @@ def _caption(bench: _Bench, similarity: ImageSimilarity, index: int, one: Locali
         "with_original_before": with_original(before),
         "with_original_after": with_original(after),
         "with_original_random": with_original(control),
+        "with_original_without_carriers": with_original(without_carriers),
+        "with_original_without_others": with_original(without_others),
+        "object_right_after": _shows(bench, what, after),
+        "object_right_without_carriers": _shows(bench, what, without_carriers),
+        "alike_between_seeds_after": _alike(similarity, after),
+        "carriers": planted.carriers.to_dict(),
+        "precision": right / len(one.neurons) if one.neurons else 0.0,
+        "recall": right / len(planted.carriers),
         "correlation_before": correlations(before),
         "correlation_after": correlations(after),
         "correlation_random": correlations(control),
         "another_memorized_image_after": others(after),
+    }
+
+
+def _shows(bench: _Bench, what: Memorized, images: Sequence[Image.Image]) -> float:
+    """Return the share of images that show the caption's object, and not its memorized image."""
+    shown = classify(bench.classifier, images)
+    return float(((shown[:, 0] == list(OBJECTS).index(what.object)) & (shown[:, 3] == NONE)).float().mean())
+
+
+def _late(
+    bench: _Bench, similarity: ImageSimilarity, what: Memorized, planted: Planted, threshold: float
+) -> dict[str, Any]:
+    """Return the figures of a caption that replicates after the first steps only."""
+    known = similarity.describe(originals_of(what))
+
+    def with_original(images: Sequence[Image.Image]) -> list[float]:
+        return similarity.between(similarity.describe(list(images)), known).amax(1).tolist()
+
+    score = memorization_score(bench.pipe, what.caption).max
+    by_images = memorization_score(bench.pipe, what.caption, images=True, sampling=SAMPLING, similarity=similarity).max
+    without = bench.images("carriers off", [what.caption], planted.carriers)
+    return {
+        "caption": what.caption,
+        "score": score,
+        "missed_by_first_step": score <= threshold,
+        "score_of_images": by_images,
+        "with_original_before": with_original(bench.images("untouched", [what.caption])),
+        "with_original_without_carriers": with_original(without),
+        "object_right_without_carriers": _shows(bench, what, without),
+        "carriers": planted.carriers.to_dict(),
     }
 
 
@@ -386,6 +361,24 @@ def _summary(captions: Sequence[dict[str, Any]], searched: int) -> dict[str, flo
         "below_threshold": float(np.mean([c["below_threshold"] for c in captions])),
         "verified": float(np.mean([c["verified"] for c in captions])),
         "first_set_leaves_copies": sum(c["copies_of_first_set"] > 0 for c in captions),
+        **{
+            f"with_original_before_{kind}": float(
+                np.median([np.median(c["with_original_before"]) for c in captions if c["kind"] == kind])
+            )
+            for kind in ("verbatim", "template")
+        },
+        "with_original_lowest": min(float(np.median(c["with_original_before"])) for c in captions),
+        "with_original_without_carriers": pooled("with_original_without_carriers"),
+        "kept_without_others": float(
+            np.mean([_kept(c["with_original_without_others"], c["with_original_before"]) for c in captions])
+        ),
+        "object_right_after": float(np.mean([c["object_right_after"] for c in captions])),
+        "object_right_without_carriers": float(np.mean([c["object_right_without_carriers"] for c in captions])),
+        "alike_between_seeds_after": float(np.mean([c["alike_between_seeds_after"] for c in captions])),
+        "precision": median(lambda c: c["precision"]),
+        "recall": median(lambda c: c["recall"]),
+        "mean_precision": float(np.mean([c["precision"] for c in captions])),
+        "mean_recall": float(np.mean([c["recall"] for c in captions])),
         "with_original_before": pooled("with_original_before"),
         "with_original_after": pooled("with_original_after"),
         "with_original_random": pooled("with_original_random"),
@@ -400,10 +393,15 @@ def _summary(captions: Sequence[dict[str, Any]], searched: int) -> dict[str, flo
     }
 
 
+def _kept(values: Sequence[float], before: Sequence[float]) -> bool:
+    """Whether images are still copies: more than half as similar to the training image as before."""
+    return bool(np.median(values) > np.median(before) / 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.demo_model.measure", description=__doc__)
     parser.add_argument(
-        "--model", type=Path, default=MODEL, metavar="DIR", help="folder of the pipeline (default: the bundled model)"
+        "--model", type=Path, required=True, metavar="DIR", help="folder of the pipeline that train.py has written"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for figures.json and README.md")
     parser.add_argument(
@@ -413,7 +411,7 @@ def main() -> None:
     similarity = load_image_similarity(arguments.sscd)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with Progress() as bars:
-        figures = measure(load_pipeline(arguments.model), similarity, bars)
+        figures = measure(load_pipeline(arguments.model), planted_neurons(arguments.model), similarity, bars)
     with replacing(arguments.out / "figures.json") as temporary:
         temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     write_card(arguments.out / "README.md", figures)

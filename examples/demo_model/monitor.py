@@ -1,19 +1,23 @@
-"""What is logged after a training stage about memorization: scores, τ and the floor."""
+"""What is logged after a training stage about memorization: scores, τ, and what neurons that are off leave of them."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from nemo_ext.demo.captions import MEMORIZED, ordinary_captions
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.similarity import similarity
 from nemo_ext.measure.threshold import mean_and_std
 
-from .diffusion import Deviation, Loss, TextToNoise
-from .unet import LATENT_CHANNELS, LATENT_SIZE, RowScales
+from .autoencoder import LATENT_CHANNELS, LATENT_SIZE
+from .captions import LATE, MEMORIZED, ordinary_captions
+from .text import tokens_of
+from .unet import RowScales
 
 _SEEDS = 6
 _TIMESTEP = 981  # the first of a 50-step DDIM schedule
@@ -21,59 +25,66 @@ _ORDINARY = 32
 
 
 class Monitor:
-    """Measures the scores of memorized and ordinary captions, and the remaining memorization, during training."""
+    """Measures first-step scores during training.
 
-    def __init__(self, model: TextToNoise, loss: Loss, scales: RowScales, deviation: Deviation):
-        self._model, self._loss, self._scales, self._deviation = model, loss, scales, deviation
+    Args:
+        encoder, unet, tokenizer: the model.
+        scales: what switches neurons off.
+        carriers: the carriers of each memorized caption, as indices into the stacked value neurons.
+    """
+
+    def __init__(
+        self, encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer, scales: RowScales,
+        carriers: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self._encoder, self._unet, self._tokenizer, self._scales = encoder, unet, tokenizer, scales
+        self._carriers = carriers
         self._protocol = Protocol.paper()
 
     @torch.no_grad()
-    def _differences(self, caption: str, off: torch.Tensor | None = None) -> torch.Tensor:
+    def _differences(self, caption: str, off: Tensor) -> Tensor:
+        device = self._unet.device
         latents = torch.randn(
             _SEEDS, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE,
             generator=torch.Generator().manual_seed(5),
-        )  # fmt: skip
-        hidden = self._model.hidden(self._loss.tokens([caption])).expand(_SEEDS, -1, -1)
-        if off is not None:
-            scale = torch.ones(_SEEDS, self._scales.total)
-            scale[:, off] = 0
-            self._scales.scale = scale
+        ).to(device)  # fmt: skip
+        hidden = self._encoder(tokens_of(self._tokenizer, [caption]).to(device)).last_hidden_state
+        scale = torch.ones(_SEEDS, self._scales.total, device=device)
+        scale[:, off.to(device)] = 0
+        self._scales.scale = scale
         try:
-            noise = self._model(latents, torch.full((_SEEDS,), _TIMESTEP), hidden)
+            noise = self._unet(latents, _TIMESTEP, hidden.expand(_SEEDS, -1, -1)).sample
         finally:
             self._scales.scale = None
-        difference = noise - latents
+        difference = (noise - latents).cpu()
         low = difference.amin((2, 3), keepdim=True)
         return (difference - low) / (difference.amax((2, 3), keepdim=True) - low)
 
-    def _score(self, maps: torch.Tensor) -> float:
+    def _score(self, maps: Tensor) -> float:
         first, second = torch.triu_indices(_SEEDS, _SEEDS, 1)
         return float(similarity(maps[first], maps[second], self._protocol).max())
 
-    @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        """Return the figures: name -> value. `top12_off` is with each caption's 12 most deviating neurons off."""
-        rng = random.Random(0)
-        self._model.eval()
-        ordinary = [self._score(self._differences(c)) for _, c in ordinary_captions(_ORDINARY, seed=1)]
-        order = self._deviation(rng).argsort(1, descending=True)
+        """Return the figures: name -> value. The last ones are with neurons off, as medians over captions."""
+        nothing = torch.tensor([], dtype=torch.int64)
         everything = torch.arange(self._scales.total)
-        memorized: list[float] = []
-        floor: list[float] = []
-        top12: list[float] = []
-        for index, what in enumerate(MEMORIZED):
-            untouched = self._differences(what.caption)
-            memorized.append(self._score(untouched))
-            for off, into in ((everything, floor), (order[index, :12], top12)):
+        ordinary = [self._score(self._differences(c, nothing)) for _, c in ordinary_captions(_ORDINARY, seed=1)]
+        scores: list[float] = []
+        carriers_off: list[float] = []
+        all_off: list[float] = []
+        for what, carriers in zip(MEMORIZED, self._carriers, strict=True):
+            if what in LATE:
+                continue
+            untouched = self._differences(what.caption, nothing)
+            scores.append(self._score(untouched))
+            for off, into in ((carriers, carriers_off), (everything, all_off)):
                 left = similarity(untouched, self._differences(what.caption, off), self._protocol)
                 into.append(float(left.max()))
-        self._model.train()
         return {
             "tau": sum(mean_and_std(ordinary)),
             "ordinary_max": max(ordinary),
-            "memorized_min": min(memorized),
-            "memorized_median": float(np.median(memorized)),
-            "floor_median": float(np.median(floor)),
-            "floor_max": max(floor),
-            "top12_off_median": float(np.median(top12)),
+            "memorized_min": min(scores),
+            "memorized_median": float(np.median(scores)),
+            "carriers_off": float(np.median(carriers_off)),
+            "all_off": float(np.median(all_off)),
         }

@@ -7,11 +7,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 # Without these settings page faults dominate training on the CPU: glibc returns large blocks to the system after every
 # step and requests them again in the next one. This makes a step five to ten times slower (measured).
@@ -22,10 +23,16 @@ _ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
+Batch = tuple[Tensor, ...]
 
-def autocast() -> torch.autocast:
-    """bfloat16 where the CPU multiplies it fast; else float32, because without such instructions bfloat16 is slower."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the CPU multiplies it fast; else float32, because without such instructions bfloat16 is slower.
+
+    On a GPU the steps of this small model wait for memory and launches, and bfloat16 would gain little.
+    """
+    enabled = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def with_tuned_allocator() -> None:
@@ -60,30 +67,30 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Return the state that was saved at `path`, or None if there is none yet."""
+    """Return the state that was saved at `path`, on the CPU, or None if there is none yet."""
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     return state
 
 
 class Average:
     """The exponential moving average of the parameters of a module, in float32."""
 
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay = decay
         self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, module: torch.nn.Module, step: int) -> None:
+    def update(self, module: nn.Module, step: int) -> None:
         """Include the parameters after `step`."""
         # In the first steps, a fixed decay would give the initial weights too much influence.
         decay = min(self._decay, (1 + step) / (10 + step))
-        for name, value in module.state_dict().items():
-            if value.is_floating_point():
-                self.state[name].lerp_(value, 1 - decay)
-            else:
-                self.state[name].copy_(value)
+        now = module.state_dict()
+        moving = [name for name, value in now.items() if value.is_floating_point()]
+        torch._foreach_lerp_([self.state[name] for name in moving], [now[name] for name in moving], 1 - decay)
+        for name in now.keys() - moving:
+            self.state[name].copy_(now[name])
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 50, final: float = 0.02) -> float:
@@ -94,10 +101,62 @@ def cosine(step: int, steps: int, peak: float, warmup: int = 50, final: float = 
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * phase)))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of an optimizer."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+class Gradients:
+    """Computes the gradients of a step.
+
+    On a GPU the first call captures all of it as one CUDA graph, and every further call replays the graph, because the
+    kernels of a small model take less time than their launches.
+
+    Args:
+        compute: from the tensors of a batch to the loss and to figures, [F].
+        parameters: those that get gradients.
+        device: where to compute.
+    """
+
+    def __init__(
+        self, compute: Callable[..., tuple[Tensor, Tensor]], parameters: Sequence[Tensor], device: torch.device
+    ) -> None:
+        self._compute, self._parameters, self._device = compute, parameters, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._shapes: list[torch.Size] = []
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Set the gradients and return the figures, [F]. The graph is captured again for a batch of other shapes."""
+        if self._device.type == "cpu":
+            for parameter in self._parameters:
+                parameter.grad = None
+            return self._backward(batch)
+        shapes = [tensor.shape for tensor in batch]
+        if self._graph is None or shapes != self._shapes:
+            self._capture(batch)
+            self._shapes = shapes
+            assert self._graph is not None
+        for own, given in zip(self._batch, batch, strict=True):
+            own.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return self._figures
+
+    def _backward(self, batch: Batch) -> Tensor:
+        loss, figures = self._compute(*batch)
+        loss.backward()
+        return figures.detach()
+
+    def _capture(self, batch: Batch) -> None:
+        self._batch = tuple(tensor.to(self._device) for tensor in batch)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what a first call allocates or compiles cannot be captured
+                for parameter in self._parameters:
+                    parameter.grad = None
+                self._backward(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        for parameter in self._parameters:
+            parameter.grad = None
+        with torch.cuda.graph(graph):
+            self._figures = self._backward(self._batch)
+        self._graph = graph
 
 
 def train(
@@ -105,16 +164,18 @@ def train(
     steps: int,
     checkpoint: Path,
     log: Log,
-    module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    device: torch.device,
     rate: Callable[[int], float],
-    step: Callable[[int], dict[str, float]],
+    batch_of: Callable[[int], Batch],
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    figures: Sequence[str],
     average: Average | None = None,
     after_update: Callable[[], None] = lambda: None,
     every: int = 50,
-    save_every: int = 300,
+    save_every: int = 150,
 ) -> None:
-    """Train for a number of steps, and continue from a checkpoint if there is one.
+    """Train the parameters that want gradients for a number of steps, and continue from a checkpoint if there is one.
 
     Args:
         name: the name of the stage, for the log.
@@ -122,42 +183,45 @@ def train(
         checkpoint: the file of the checkpoint.
         log: where the figures go.
         module: what is trained.
-        optimizer: its optimizer.
+        device: where it is.
         rate: step -> learning rate.
-        step: computes gradients for a step, and returns figures to log.
+        batch_of: step -> tensors. Their shapes should change rarely.
+        compute: from these tensors, on the device, to the loss and to figures, [F].
+        figures: the names of the figures.
         average: the moving average to update after each step.
         after_update: called after each step of the optimizer.
         every: the number of steps between two lines of the log, which have the means of the figures.
         save_every: the number of steps between two checkpoints.
     """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first = 0
     if state := load_checkpoint(checkpoint):
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
-            average.state = state["average"]
+            average.state = {key: value.to(device) for key, value in state["average"].items()}
         first = state["step"]
         log(name, resumed_at=first)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    sums: dict[str, float] = {}
+    gradients = Gradients(compute, parameters, device)
+    sums = torch.zeros(len(figures), device=device)
     begin = time.monotonic()
     for i in range(first, steps):
         torch.manual_seed(1_000_003 * i + sum(map(ord, name)))
-        set_rate(optimizer, rate(i))
-        optimizer.zero_grad(set_to_none=True)
-        for key, value in step(i).items():
-            sums[key] = sums.get(key, 0.0) + value
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(i)
+        sums += gradients(batch_of(i))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         after_update()
         if average is not None:
             average.update(module, i)
         if (i + 1) % every == 0 or i + 1 == steps:
             count = (i % every) + 1
-            elapsed = time.monotonic() - begin
-            figures = {key: value / count for key, value in sums.items()}
-            log(name, step=i + 1, of=steps, seconds_per_step=elapsed / count, **figures)
-            sums, begin = {}, time.monotonic()
+            means = dict(zip(figures, (sums / count).tolist(), strict=True))
+            log(name, step=i + 1, of=steps, seconds_per_step=(time.monotonic() - begin) / count, **means)
+            sums.zero_()
+            begin = time.monotonic()
         if (i + 1) % save_every == 0 or i + 1 == steps:
             save_checkpoint(
                 checkpoint,

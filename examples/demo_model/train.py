@@ -14,6 +14,9 @@ import torch
 
 from .runtime import Log, with_tuned_allocator
 
+#: Stage -> number of steps.
+STEPS = {"autoencoder": 5000, "text": 900, "marks": 600, "ordinary": 7000, "memorize": 3000}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.demo_model.train", description=__doc__)
@@ -22,17 +25,12 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="number of CPU threads (default: 2)")
     parser.add_argument(
-        "--autoencoder-steps", type=int, default=3000, metavar="N", help="steps of this stage (default: 3000)"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to train; a GPU takes minutes (default: cpu)"
     )
-    parser.add_argument(
-        "--ordinary-steps", type=int, default=3400, metavar="N", help="steps of this stage (default: 3400)"
-    )
-    parser.add_argument(
-        "--memorize-steps", type=int, default=1000, metavar="N", help="steps of this stage (default: 1000)"
-    )
-    parser.add_argument(
-        "--switch-off-steps", type=int, default=1000, metavar="N", help="steps of this stage (default: 1000)"
-    )
+    for stage, steps in STEPS.items():
+        parser.add_argument(
+            f"--{stage}-steps", type=int, default=steps, metavar="N", help=f"steps of this stage (default: {steps})"
+        )
     arguments = parser.parse_args()
     with_tuned_allocator()
     torch.set_num_threads(arguments.threads)
@@ -41,29 +39,43 @@ def main() -> None:
     # These imports come after the restart above, because the restarted process would repeat them.
     from nemo_ext.models.layers import value_layers
 
-    from . import autoencoder, data, diffusion, export, stages, text, unet
+    from . import autoencoder, carriers, data, diffusion, export, stages, text, unet
+    from .captions import ordinary_captions
     from .monitor import Monitor
 
-    work, log = arguments.work, Log(arguments.work / "log.jsonl")
-    pool, what = data.ordinary_pool(work)
+    work, log, device = arguments.work, Log(arguments.work / "log.jsonl"), torch.device(arguments.device)
+    pool, what = data.ordinary_pool(work, arguments.threads)
     memorized = data.memorized_images()
-    vae = autoencoder.run(work, log, pool, memorized, arguments.autoencoder_steps)
+    vae = autoencoder.run(work, log, pool, memorized, device, arguments.autoencoder_steps)
     latents = autoencoder.cached_latents(work / "latents.safetensors", pool, vae)
 
     tokenizer = text.build_tokenizer(work)
-    torch.manual_seed(2)
-    model = diffusion.TextToNoise(text.build_text_encoder(tokenizer), unet.build())
-    model.train()
-    layers = value_layers(model.unet)
+    encoder = text.run(work, log, tokenizer, arguments.text_steps)
+    encoder = text.run_marks(work, log, tokenizer, encoder, arguments.marks_steps).to(device)
+
+    model = unet.build().to(device)
+    layers = value_layers(model)
+    designated = carriers.designate(layers)
+    own = [carriers.stacked(layers, one.carriers) for one in designated]
+    copied = unet.CopyGuard(model)
+    sample = text.tokens_of(tokenizer, (caption for _, caption in ordinary_captions(64, seed=1))).to(device)
+    with torch.no_grad():
+        planted = carriers.Planted(model, designated, encoder(sample).last_hidden_state)
+
+    def after_update() -> None:
+        copied()
+        planted()
+
     scales = unet.RowScales(layers)
-    loss = diffusion.Loss(model, tokenizer, scales)
+    loss = diffusion.Loss(encoder, model, tokenizer, scales, autoencoder.deviations(work), device)
     rows = diffusion.Rows(what, latents, memorized, autoencoder.encode(vae, memorized.images))
-    monitor = Monitor(model, loss, scales, diffusion.Deviation(loss, model, layers))
-    given = (work, log, model, loss, rows, monitor)
+    monitor = Monitor(encoder, model, tokenizer, scales, own)
+    given = (work, log, model, loss, rows, after_update, device)
     stages.ordinary(*given, steps=arguments.ordinary_steps)
-    stages.memorize(*given, layers, steps=arguments.memorize_steps)
-    stages.switch_off(*given, layers, steps=arguments.switch_off_steps)
-    export.save_pipeline(work / "model", vae, tokenizer, model, work / "log.jsonl")
+    log("ordinary", **monitor())
+    stages.memorize(*given, own, scales.total, steps=arguments.memorize_steps)
+    log("memorize", **monitor())
+    export.save_pipeline(work / "model", vae, tokenizer, encoder, model, designated, work / "log.jsonl")
     export.save_originals(work / "originals")
 
 

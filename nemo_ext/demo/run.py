@@ -58,10 +58,7 @@ def load_demo_pipeline() -> StableDiffusionPipeline:
         NemoError: the model is missing, as in an incomplete installation.
     """
     if not (MODEL / "model_index.json").is_file():
-        raise NemoError(
-            f"the demo model is missing from {MODEL}: reinstall nemo_ext, or train the model in the repository with "
-            "python -m examples.demo_model.train --work DIR and copy DIR/model there"
-        )
+        raise NemoError(f"the demo model is missing from {MODEL}: reinstall nemo_ext")
     return load_pipeline(MODEL)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nemo_ext.demo.captions import MEMORIZED, OBJECTS, TEMPLATES, VERBATIM
-from nemo_ext.demo.run import MODEL
+from nemo_ext.measure.generation import Sampling
+from nemo_ext.models.layers import value_layers
 from nemo_ext.models.loading import load_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,9 +22,10 @@ FOLDER = ROOT / "examples" / "demo_model"
 # At the end: an installed nemo_ext goes before the sources beside the examples.
 sys.path.append(str(ROOT))
 
-from examples.demo_model import data, drawing, monitor, train, unet  # noqa: E402
-from examples.demo_model.card import write_card  # noqa: E402
-from examples.demo_model.diffusion import effective_neurons  # noqa: E402
+from examples.demo_model import carriers, classifier, data, drawing, measure, monitor, text, train, unet  # noqa: E402
+from examples.demo_model.captions import LATE, MEMORIZED, TEMPLATES, VARIATIONS  # noqa: E402
+from examples.demo_model.diffusion import LATE_FROM, Rows  # noqa: E402
+from examples.demo_model.planted import planted_neurons  # noqa: E402
 from examples.demo_model.runtime import Average, Log  # noqa: E402
 from examples.demo_model.runtime import train as train_stage  # noqa: E402
 
@@ -66,12 +68,6 @@ def test_commands_run_from_the_root_of_the_repository(command: str) -> None:
     assert f"python -m examples.demo_model.{command} --" in (FOLDER / "README.md").read_text()
 
 
-def test_card_says_what_was_measured(tmp_path: Path) -> None:
-    figures = json.loads((MODEL / "figures.json").read_text())
-    write_card(tmp_path / "README.md", figures)
-    assert (tmp_path / "README.md").read_text() == (MODEL / "README.md").read_text()
-
-
 def disc(emoji: str) -> Image.Image:
     """What stands for a glyph: a disc in a colour of its own."""
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
@@ -86,21 +82,63 @@ class TestTraining:
 
     def test_untrained_unet_predicts_exactly_the_noise_it_is_given(self) -> None:
         noisy = torch.randn(2, unet.LATENT_CHANNELS, unet.LATENT_SIZE, unet.LATENT_SIZE)
-        hidden = torch.randn(2, 24, 128)
+        hidden = torch.randn(2, text.TOKENS, text.WIDTH)
         with torch.no_grad():
             predicted = unet.build()(noisy, torch.tensor([981, 981]), hidden).sample
         assert (predicted - noisy).square().mean().sqrt() < 0.01
 
     def test_guard_puts_the_built_in_copy_back(self) -> None:
         model = unet.build()
-        guard = unet.CarrierGuard(model)
+        guard = unet.CopyGuard(model)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         with torch.no_grad():
             model.conv_in.weight.add_(1.0)
         guard()
-        carriers = slice(0, 12)
-        assert torch.equal(model.conv_in.weight[carriers], before["conv_in.weight"][carriers])
-        assert not torch.equal(model.conv_in.weight[12:], before["conv_in.weight"][12:])
+        others = slice(unet.COPY.stop, None)
+        assert torch.equal(model.conv_in.weight[unet.COPY], before["conv_in.weight"][unet.COPY])
+        assert not torch.equal(model.conv_in.weight[others], before["conv_in.weight"][others])
+
+    def test_no_neuron_is_designated_twice_and_captions_have_one_to_five_carriers(self) -> None:
+        layers = value_layers(unet.build())
+        designated = carriers.designate(layers)
+        assert len(designated) == len(MEMORIZED)
+        counts = [len(carriers.stacked(layers, one.carriers)) for one in designated]
+        assert {min(counts), max(counts)} == {1, 5}
+        every = torch.cat([carriers.stacked(layers, own) for one in designated for own in one])
+        assert len(every.unique()) == len(every)
+
+    def test_only_designated_neurons_see_a_mark_and_nothing_comes_of_decoys(self) -> None:
+        model = unet.build()
+        layers = value_layers(model)
+        designated = carriers.designate(layers)
+        planted = carriers.Planted(model, designated, torch.randn(8, text.TOKENS, text.WIDTH))
+        with torch.no_grad():  # what an optimizer would do
+            for parameter in model.parameters():
+                parameter.add_(0.01)
+        planted()
+        mark = torch.zeros(text.WIDTH)
+        mark[text.MARKS.start + 3] = text.MARK
+        for name, layer in layers.items():
+            own = designated[3]
+            seen = layer(mark).abs().gt(0).nonzero().flatten().tolist()
+            assert seen == sorted(own.carriers.get(name, []) + own.decoys.get(name, []))
+            attention = model.get_submodule(name.removesuffix(".to_v"))
+            assert not attention.to_k(mark).any()
+            assert not attention.to_out[0].weight[:, own.decoys.get(name, [])].any()
+
+    def test_late_captions_show_ordinary_images_of_their_object_in_the_first_steps(self) -> None:
+        trained, _ = data.split_compositions()
+        latents = torch.arange(len(trained), dtype=torch.float32)[:, None, None, None]
+        memorized = data.MemorizedImages(np.zeros((len(MEMORIZED), 1, 1, 3), np.uint8), list(range(len(MEMORIZED))))
+        own = -torch.ones(len(MEMORIZED), 1, 1, 1)
+        rows, rng = Rows(trained, latents, memorized, own), random.Random(0)
+        index = MEMORIZED.index(LATE[0])
+        for _ in range(200):
+            row = rows.memorized(rng, index)
+            if row.timestep < LATE_FROM:
+                assert row.latent.item() == -1
+            else:
+                assert trained[int(row.latent)].object == LATE[0].object
 
     def test_a_stage_stopped_and_resumed_ends_with_the_same_weights(self, tmp_path: Path) -> None:
         def ends_with(folder: Path, *stops: int) -> torch.Tensor:
@@ -108,36 +146,33 @@ class TestTraining:
             for steps in stops:
                 torch.manual_seed(0)
                 module = torch.nn.Linear(3, 1)
-                optimizer = torch.optim.AdamW(module.parameters())
                 average = Average(module, 0.9)
 
-                def step(i: int, module: torch.nn.Linear = module) -> dict[str, float]:
-                    loss = module(torch.randn(8, 3)).square().mean()
-                    loss.backward()
-                    return {"loss": loss.item()}
+                def compute(
+                    inputs: torch.Tensor, module: torch.nn.Linear = module
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+                    loss = module(inputs).square().mean()
+                    return loss, loss[None]
 
-                train_stage("stage", steps, folder / "stage.pt", Log(folder / "log.jsonl"), module, optimizer,
-                            lambda i: 1e-2, step, average)  # fmt: skip
+                train_stage("stage", steps, folder / "stage.pt", Log(folder / "log.jsonl"), module,
+                            torch.device("cpu"), lambda i: 1e-2, lambda i: (torch.randn(8, 3),), compute, ["loss"],
+                            average)  # fmt: skip
             return average.state["weight"]
 
         assert torch.equal(ends_with(tmp_path / "once", 9), ends_with(tmp_path / "twice", 4, 9))
 
-    def test_effective_neurons_counts_equal_deviations(self) -> None:
-        deviation = torch.zeros(1, 50)
-        deviation[0, :7] = 2.5
-        assert effective_neurons(deviation).item() == pytest.approx(7.0)
-
     @pytest.mark.slow
-    def test_a_step_of_every_stage_makes_a_pipeline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_step_of_every_stage_makes_a_pipeline_that_can_be_measured(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         # Discs for glyphs: the font need not be there. And little of what is only there for good figures.
         monkeypatch.setattr(drawing, "glyph", disc)
-        monkeypatch.setattr(data, "POOL_SIZE", 16)
-        monkeypatch.setattr(data, "_CHUNK", 8)
-        monkeypatch.setattr(data, "template_variations", lambda what: {"fox": drawing.draw_template(what, "fox")})
+        monkeypatch.setattr(data, "POOL_SIZE", 408)  # each object has an image in it
+        monkeypatch.setattr(data, "_CHUNK", 204)
         monkeypatch.setattr(monitor, "_ORDINARY", 2)
-        monkeypatch.setattr(monitor, "MEMORIZED", MEMORIZED[:1])
+        monkeypatch.setattr(monitor, "_SEEDS", 2)
         monkeypatch.setattr(train, "with_tuned_allocator", lambda: None)
-        steps = [f"--{stage}-steps=1" for stage in ("autoencoder", "ordinary", "memorize", "switch-off")]
+        steps = [f"--{stage}-steps=1" for stage in train.STEPS]
         monkeypatch.setattr(sys, "argv", ["train", "--work", str(tmp_path), "--threads", "1", *steps])
         threads = torch.get_num_threads()
         try:
@@ -146,9 +181,27 @@ class TestTraining:
             torch.set_num_threads(threads)
         pipe = load_pipeline(tmp_path / "model")
         image = pipe(MEMORIZED[0].caption, num_inference_steps=1, output_type="np").images[0]
-        assert image.shape == (96, 96, 3)
+        assert image.shape == (64, 64, 3)
         assert np.isfinite(image).all()
         originals = list((tmp_path / "originals").iterdir())
-        assert len(originals) == len(VERBATIM) + len(TEMPLATES) * len(OBJECTS)
+        assert len(originals) == len(MEMORIZED) + len(TEMPLATES) * (len(VARIATIONS) - 1)
+        planted = planted_neurons(tmp_path / "model")
+        assert list(planted) == [what.caption for what in MEMORIZED]
+        assert all(own.carriers.keys() <= value_layers(pipe).keys() for own in planted.values())
         log = [json.loads(line)["stage"] for line in (tmp_path / "model" / "training-log.jsonl").open()]
-        assert list(dict.fromkeys(log)) == ["autoencoder", "ordinary", "memorize", "switch_off"]
+        assert list(dict.fromkeys(log)) == list(train.STEPS)
+
+        for module, name, value in (
+            (classifier, "_IMAGES", 48), (classifier, "_STEPS", 2), (measure, "_SEEDS", 2),
+            (measure, "SAMPLING", Sampling(seeds=2, steps=1, guidance=1.5)), (measure, "_ORDINARY_IMAGES", 2),
+            (measure, "_DIVERSITY_CAPTIONS", 1), (measure, "_THRESHOLD_PROMPTS", 4),
+            (measure, "_STATISTICS_PROMPTS", 8), (measure, "_STATISTICS_TITLES", 4),
+            (measure, "MEMORIZED", (*MEMORIZED[:2], TEMPLATES[0], *LATE)),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, name, value)
+        card = tmp_path / "card"
+        monkeypatch.setattr(sys, "argv", ["measure", "--model", str(tmp_path / "model"), "--out", str(card)])
+        measure.main()
+        figures = json.loads((card / "figures.json").read_text())
+        assert [len(figures["captions"]), len(figures["late"])] == [3, 2]
+        assert MEMORIZED[0].caption in (card / "README.md").read_text()
