@@ -1,8 +1,11 @@
-"""Measures what several ranks gain: statistics and localization with one process, and with two that torchrun starts.
+"""Measures what several ranks gain over one, and what larger batches gain over smaller ones.
 
 Run `python benchmarks/bench_scale.py [--device cpu|cuda] [--quick] [--ranks N …] [--prompts N] [--out DIR]`. The ranks
 run the jobs on the bundled model, one thread each on a CPU, and time them from the moment that all of them have loaded
 the model. Results must be those of one rank. With more ranks than idle cores, nothing can be gained.
+
+Then the bare U-Nets of the bundled model and of Stable Diffusion 1 (sd1.py) run on several numbers of latents. A latent
+that takes less time in a larger call is what could be gained if prompts shared calls.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import Panel, Row, Run, parser
+import torch
+from harness import Panel, Row, Run, alternate, measured, parser
+from sd1 import TOKENS, initialized, unet_without_weights
 
 from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
 from nemo_ext.demo.run import MODEL, load_demo_pipeline
@@ -31,6 +37,8 @@ from nemo_ext.search.localizer import Localizer
 #: How many texts the statistics are collected over, per prompt that is localized.
 TEXTS = 512
 ROUNDS = 3
+#: The numbers of latents in a call. A latent takes seconds at Stable Diffusion 1's size on a CPU.
+LATENTS = {"demo": (1, 2, 4, 8, 10, 16, 32), "sd1": (1, 2, 4, 8)}
 
 
 def prompts(count: int) -> list[str]:
@@ -103,9 +111,49 @@ def measure(counts: Sequence[int], count: int, device: str, rounds: int) -> list
         alone = statistics.median(seconds[what, counts[0]])
         median = statistics.median(taken)
         units = {"statistics": TEXTS * count // 8, "localize": count}[what]
-        row: Row = {"what": what, "ranks": ranks, "prompts": units, "median_ms": 1e3 * median, "rounds": rounds}
+        row: Row = {
+            "what": what,
+            "ranks": ranks,
+            "latents": "",
+            "prompts": units,
+            "median_ms": 1e3 * median,
+            "rounds": rounds,
+        }
         row |= {"prompts_per_second": units / median, "over_single": alone / median}
         rows.append(row | ({"samples": samples} if what == "localize" else {}))
+    return rows
+
+
+@torch.inference_mode()
+def measure_batches(which: str, device: str, quick: bool) -> list[Row]:
+    """Call a bare U-Net on several numbers of latents, in turns."""
+    if which == "demo":
+        unet: Any = load_demo_pipeline().unet
+    else:
+        unet = initialized(unet_without_weights(4, 16) if quick else unet_without_weights())
+    unet = unet.to(device)
+
+    def call(latents: int) -> Any:
+        size = unet.config.sample_size
+        noise = torch.zeros(latents, unet.config.in_channels, size, size, device=device)
+        hidden = torch.zeros(latents, TOKENS, unet.config.cross_attention_dim, device=device)
+        return unet(noise, 999, encoder_hidden_states=hidden)
+
+    counts = LATENTS[which][:2] if quick else LATENTS[which]
+    # A call at Stable Diffusion 1's size takes much longer on a CPU than warming up.
+    slow = which == "sd1" and device == "cpu"
+    times = alternate(
+        {str(count): partial(call, count) for count in counts},
+        device=device,
+        rounds=1 if slow or quick else 5,
+        warm_up=not slow,
+    )
+    rows = []
+    for count, columns in zip(counts, measured(times).values(), strict=True):
+        row: Row = {"what": f"U-Net, {which}", "ranks": 1, "latents": count, **columns}
+        row["ms_per_latent"] = row["median_ms"] / count
+        row["over_single"] = rows[0]["ms_per_latent"] / row["ms_per_latent"] if rows else 1.0
+        rows.append(row)
     return rows
 
 
@@ -123,13 +171,23 @@ def main() -> None:
     run = Run(
         "bench_scale",
         options,
-        keys=("what", "ranks"),
-        shown=("prompts", "median_ms", "prompts_per_second", "over_single", "samples"),
+        keys=("what", "ranks", "latents"),
+        shown=("prompts", "median_ms", "prompts_per_second", "ms_per_latent", "over_single", "samples"),
     )
     count, rounds = (2, 1) if run.quick else (run.arguments.prompts, ROUNDS)
     for row in measure(run.arguments.ranks, count, run.device, rounds):
         run.add(row)
-    run.finish([Panel("prompts per second", run.rows, x="ranks", y="prompts_per_second", series="what")])
+    of_ranks = list(run.rows)
+    for which in LATENTS:
+        for row in measure_batches(which, run.device, run.quick):
+            run.add(row)
+    of_batches = run.rows[len(of_ranks) :]
+    run.finish(
+        [
+            Panel("prompts per second", of_ranks, x="ranks", y="prompts_per_second", series="what"),
+            Panel("a latent over one alone", of_batches, x="latents", y="over_single", series="what"),
+        ]
+    )
 
 
 if __name__ == "__main__":
