@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_ext import info, reference
+from nemo_ext import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Two prompts of two token tiles, and more neurons than a tile has; rows are whole chunks of 16 bytes.
@@ -99,7 +99,7 @@ def mistake(device: torch.device, dtype: torch.dtype, operator: Callable[..., tu
 def _message(device: torch.device, dtype: torch.dtype, found: str) -> str:
     module = importlib.import_module("nemo_ext._module")
     major, minor = torch.cuda.get_device_capability(device)
-    driver = "{}.{}".format(*info.cuda_of_driver())
+    driver = "{}.{}".format(*importlib.import_module("nemo_ext.info").cuda_of_driver())
     path = module.cuda_path(str(dtype)[6:], 10 * major + minor)
     other = "library" if path == "kernel" else "kernel"
     return (

@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,15 @@ _PARTING = timedelta(seconds=30)
 _FAILURE, _TOLD, _LEFT = "nemo_ext/failure", "nemo_ext/told", "nemo_ext/left"
 # The value of `_FAILURE` if a rank was stopped with Ctrl-C, which is no error.
 _STOPPED = "stopped"
+
+
+def _interrupt_main_thread() -> None:
+    """Raise KeyboardInterrupt in the main thread, also where a shell has started this process in the background.
+
+    There Ctrl-C is ignored, and interrupting by SIGINT would do nothing. The command line handles SIGTERM, too.
+    """
+    handled = (number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number)))
+    _thread.interrupt_main(next(handled, signal.SIGINT))
 
 
 class Store(Protocol):
@@ -264,7 +274,7 @@ class Ranks:
             except RuntimeError as error:
                 self._failure = f"the store of torchrun is lost: {error}"
             if self._failure is not None:
-                _thread.interrupt_main()
+                _interrupt_main_thread()
                 return
 
     def _report_progress(self, store: Store) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import time
 import warnings
 from datetime import timedelta
@@ -69,6 +70,12 @@ def fail(ranks: Ranks, which: int) -> None:
             raise NemoError("there is no paper left")
         for _ in range(600):
             time.sleep(0.1)
+
+
+def fail_in_the_background(ranks: Ranks) -> None:
+    """As `fail`, in processes that a shell has started with `&`: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fail(ranks, 0)
 
 
 def fill_the_disk(ranks: Ranks, file: str) -> None:

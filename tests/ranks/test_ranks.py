@@ -52,6 +52,13 @@ def test_a_failure_ends_all_ranks_at_once_and_rank_0_can_say_why(which: int) -> 
     assert said[0] == ("there is no paper left" if which == 0 else "rank 1: there is no paper left")
 
 
+def test_a_failure_ends_ranks_in_the_background_too() -> None:
+    with rank_processes(2, rank_jobs.fail_in_the_background) as running:
+        codes, said = running.results(timeout=60)
+    assert codes == [1, 1]
+    assert said[0] == "there is no paper left"
+
+
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with rank_processes(2, rank_jobs.fill_the_disk, str(tmp_path / "part.json")) as running:
         _, said = running.results(timeout=60)
