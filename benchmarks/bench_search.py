@@ -101,13 +101,13 @@ def main() -> None:
     pixels = PixelSimilarity()
     image_scores = [
         image_score(pipe, caption, SAMPLING, pixels, batch_size=2 * SAMPLING.seeds).max
-        for caption in ordinary[STATISTICS_PROMPTS:]
+        for caption in ordinary[STATISTICS_PROMPTS : STATISTICS_PROMPTS + 2 if run.quick else None]
     ]
     verify = Verification(sampling=SAMPLING, similarity=pixels, threshold=sum(mean_and_std(image_scores)))
     localizers[VERIFIED] = Localizer(pipe, statistics=collected, threshold=threshold, search="grouped", verify=verify)
     for localizer in localizers.values():  # this finds the entry points of the U-Net once
         localizer.localize(captions[0])
-    chosen = [MEMORIZED[2], MEMORIZED[14]] if run.quick else MEMORIZED[: run.arguments.prompts]
+    chosen = MEMORIZED[14:15] if run.quick else MEMORIZED[: run.arguments.prompts]
     for what in chosen:
         before = plain.unet_samples
         taken, neurons = timed(partial(plain.search, what.caption), run.device)
