@@ -217,8 +217,9 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
   });
 }
 
-// The memory that a launch may take for products, in float32, if it has more than one prompt. One launch for all prompts is the fastest on an
-// H200, also where its products are larger than the L2 cache (docs/kernels.md, "On an H200").
+// The memory that a launch may take for products, in float32, if it has more than one prompt. One launch for
+// all prompts is the fastest on an H200, also where its products are larger than the L2 cache
+// (docs/kernels.md, "On an H200").
 constexpr int64_t kProductBytes = int64_t(256) << 20;
 
 // The plan of a call whose products a library computes.
