@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .data import MemorizedImages, balanced, to_tensor
 from .drawing import IMAGE_SIZE
+from .linear_start import PATCH, start_linear
 from .runtime import Average, Batch, Log, autocast, cosine, train
 
 LATENT_CHANNELS = 12
-LATENT_SIZE = IMAGE_SIZE // 4
+LATENT_SIZE = IMAGE_SIZE // PATCH
 _BATCH, _MEMORIZED = 8, 3  # images in a step, and those among them that are memorized
 # Too little to blur the images; only keeps the latents of similar images close together.
 _KL = 1e-5
@@ -32,7 +33,7 @@ def build() -> AutoencoderKL:
         block_out_channels=(16, 48, 96),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=1,
         mid_block_add_attention=False,
         sample_size=IMAGE_SIZE,
         scaling_factor=1.0,
@@ -106,10 +107,13 @@ def run(
     folder: Path, log: Log, pool: np.ndarray, memorized: MemorizedImages, device: torch.device, steps: int
 ) -> AutoencoderKL:
     """Train the autoencoder, or load it if `folder` has a trained one."""
-    vae = build().to(device)
     path = folder / "vae"
     if path.exists():
         return AutoencoderKL.from_pretrained(path).eval().to(device)
+    vae = build()
+    sample = np.concatenate([pool[:: max(1, len(pool) // 1000)], memorized.images])
+    start_linear(vae, sample)
+    vae.to(device)
     average = Average(vae, 0.995)
 
     def batch_of(i: int) -> Batch:
@@ -132,7 +136,6 @@ def run(
           batch_of, compute, ("pixel", "edge", "kl"), average)  # fmt: skip
     vae.load_state_dict(average.state)
     vae.eval()
-    sample = np.concatenate([pool[:1500], memorized.images])
     folded = _fold_unit_deviation(vae, sample)
     log("autoencoder", **folded)
     log("autoencoder", psnr_ordinary=psnr(vae, pool[-64:]), psnr_memorized=psnr(vae, memorized.images))

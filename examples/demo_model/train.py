@@ -15,7 +15,7 @@ import torch
 from .runtime import Log, with_tuned_allocator
 
 #: Stage -> number of steps.
-STEPS = {"autoencoder": 5000, "text": 900, "marks": 600, "ordinary": 7000, "memorize": 3000}
+STEPS = {"autoencoder": 2000, "text": 900, "marks": 600, "ordinary": 7000, "memorize": 3000}
 
 
 def main() -> None:

@@ -22,7 +22,19 @@ FOLDER = ROOT / "examples" / "demo_model"
 # At the end: an installed nemo_ext goes before the sources beside the examples.
 sys.path.append(str(ROOT))
 
-from examples.demo_model import carriers, classifier, data, drawing, measure, monitor, text, train, unet  # noqa: E402
+from examples.demo_model import (  # noqa: E402
+    autoencoder,
+    carriers,
+    classifier,
+    data,
+    drawing,
+    linear_start,
+    measure,
+    monitor,
+    text,
+    train,
+    unet,
+)  # fmt: skip
 from examples.demo_model.captions import LATE, MEMORIZED, TEMPLATES, VARIATIONS  # noqa: E402
 from examples.demo_model.diffusion import LATE_FROM, Rows  # noqa: E402
 from examples.demo_model.planted import planted_neurons  # noqa: E402
@@ -86,6 +98,21 @@ class TestTraining:
         with torch.no_grad():
             predicted = unet.build()(noisy, torch.tensor([981, 981]), hidden).sample
         assert (predicted - noisy).square().mean().sqrt() < 0.01
+
+    def test_untrained_autoencoder_keeps_the_principal_components_of_patches(self) -> None:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 200, (6, 16, 16, 3)).repeat(4, 1).repeat(4, 2) + rng.integers(0, 56, (6, 64, 64, 3))
+        images = images.astype(np.uint8)
+        vae = autoencoder.build()
+        linear_start.start_linear(vae, images)
+        latents = autoencoder.encode(vae, images).permute(0, 2, 3, 1).flatten(0, 2)
+        assert torch.allclose(torch.cov(latents.T), torch.eye(autoencoder.LATENT_CHANNELS), atol=0.1)
+        pixels = data.to_tensor(images)
+        patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+        patches = patches - patches.mean(0)
+        lost = (patches - latents @ torch.linalg.lstsq(latents, patches).solution).square().sum()
+        least = torch.linalg.svdvals(patches)[autoencoder.LATENT_CHANNELS :].square().sum()
+        assert least <= lost * 1.0001 < 1.05 * least
 
     def test_guard_puts_the_built_in_copy_back(self) -> None:
         model = unet.build()
