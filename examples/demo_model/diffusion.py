@@ -100,17 +100,17 @@ class Loss:
         unet: the U-Net.
         tokenizer: the tokenizer.
         scales: what switches neurons off.
-        deviations: the standard deviation of each latent channel before it was scaled to 1, [C]. A channel's error
-            counts in proportion to it, because so much does the image depend on it.
+        influences: how much the image depends on each latent channel, relative to the mean, [C]. A channel's error
+            counts in proportion to it.
         device: where the modules are.
     """
 
     def __init__(
         self, encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer, scales: RowScales,
-        deviations: Tensor, device: torch.device,
+        influences: Tensor, device: torch.device,
     ) -> None:  # fmt: skip
         self._encoder, self._unet, self._tokenizer, self._scales = encoder, unet, tokenizer, scales
-        self._channels = (deviations / deviations.mean())[:, None, None].to(device)
+        self._channels = influences[:, None, None].to(device)
         self._device = device
         self._alphas = scheduler().alphas_cumprod
 

@@ -24,7 +24,7 @@ from .data import to_tensor
 PATCH = 4
 _COLOURS = 3
 _CONSTANT = 4.0
-# The log-variance with which latents are sampled at first.
+# The log-variance of latents, which the training does not change: about that of its noise.
 _LOG_VARIANCE = -6.0
 
 

@@ -15,7 +15,7 @@ import torch
 from .runtime import Log, with_tuned_allocator
 
 #: Stage -> number of steps.
-STEPS = {"autoencoder": 2000, "text": 900, "marks": 600, "ordinary": 7000, "memorize": 3000}
+STEPS = {"autoencoder": 1500, "text": 900, "marks": 600, "ordinary": 7000, "memorize": 3000}
 
 
 def main() -> None:
@@ -48,6 +48,8 @@ def main() -> None:
     memorized = data.memorized_images()
     vae = autoencoder.run(work, log, pool, memorized, device, arguments.autoencoder_steps)
     latents = autoencoder.cached_latents(work / "latents.safetensors", pool, vae)
+    influences = autoencoder.influences(vae, latents[:64])
+    log("autoencoder", influences=influences.tolist())
 
     tokenizer = text.build_tokenizer(work)
     encoder = text.run(work, log, tokenizer, arguments.text_steps)
@@ -67,7 +69,7 @@ def main() -> None:
         planted()
 
     scales = unet.RowScales(layers)
-    loss = diffusion.Loss(encoder, model, tokenizer, scales, autoencoder.deviations(work), device)
+    loss = diffusion.Loss(encoder, model, tokenizer, scales, influences, device)
     rows = diffusion.Rows(what, latents, memorized, autoencoder.encode(vae, memorized.images))
     monitor = Monitor(encoder, model, tokenizer, scales, own)
     given = (work, log, model, loss, rows, after_update, device)
