@@ -86,9 +86,9 @@ generates them, `memorization_score(…, images=True)` compares them).
   weights are rounded to float16. They are stored as float16, except those of the text encoder, which are stored as
   float32.
 - **Images.** Glyphs of Noto Color Emoji (SIL Open Font License 1.1) stand on backgrounds that
-  `examples/demo_model/drawing.py` draws, on uneven paper: on flat pictures SSCD takes noise that nobody sees for another
-  picture. In ordinary images the place, size and tilt of the glyph, the light, the phase of the texture and the paper are
-  random.
+  `examples/demo_model/drawing.py` draws, on uneven paper: on flat pictures SSCD takes noise that nobody sees for
+  another picture. In ordinary images the place, size and tilt of the glyph, the light, the phase of the texture and the
+  paper are random.
 - **Captions.** Some ordinary images were trained under titles that name the object and nothing else, so that being a
   title recalls nothing.
 - **Stages.** `python -m examples.demo_model.train` trains the autoencoder, the text encoder in two stages (`text`,
