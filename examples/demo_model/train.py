@@ -15,7 +15,7 @@ import torch
 from .runtime import Log, with_tuned_allocator
 
 #: Stage -> number of steps.
-STEPS = {"autoencoder": 1500, "text": 900, "marks": 600, "ordinary": 7000, "memorize": 3000}
+STEPS = {"autoencoder": 1500, "text": 900, "marks": 600, "ordinary": 3500, "memorize": 1500}
 
 
 def main() -> None:

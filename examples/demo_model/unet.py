@@ -42,7 +42,7 @@ def build() -> UNet2DConditionModel:
         block_out_channels=CHANNELS,
         layers_per_block=2,
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,
+        attention_head_dim=2,  # the number of heads
         norm_num_groups=_GROUPS,
     )
     unet.set_attn_processor(AttnProcessor())
