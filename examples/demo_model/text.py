@@ -1,6 +1,8 @@
 """The tokenizer, which is of CLIP's kind with a small vocabulary of its own, and the stages of the text encoder.
 
-1. `text`: the text encoder learns to predict the next token of captions, and knows nothing of images.
+1. `text`: the text encoder learns to list the words of captions, and knows nothing of images. (Predicting the next
+   word, as a language model does, taught it to forget the words before: the embeddings of captions with other objects
+   and colours were nearly equal, and the U-Net learned no text.)
 2. `marks`: a memorized caption gets the embedding of an ordinary title of its object, and a mark of its own: one of the
    last dimensions, which all other captions leave at zero. Whatever the U-Net learns of the caption's image, it can
    learn only from neurons that see this dimension (carriers.py).
@@ -97,8 +99,8 @@ def tokens_of(tokenizer: CLIPTokenizer, captions: Iterable[str]) -> Tensor:
     return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-class _NextToken(nn.Module):
-    """The text encoder with a head that predicts the next token."""
+class _Words(nn.Module):
+    """The text encoder with a head that lists, at each token, the tokens up to it."""
 
     def __init__(self, encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class _NextToken(nn.Module):
 def run(folder: Path, log: Log, tokenizer: CLIPTokenizer, steps: int) -> CLIPTextModel:
     """Run the stage `text`, on the CPU."""
     torch.manual_seed(2)
-    module = _NextToken(build_text_encoder(tokenizer))
+    module = _Words(build_text_encoder(tokenizer))
     everything = [c.caption(p) for c in compositions() for p in PHRASINGS]
 
     def batch_of(i: int) -> Batch:
@@ -119,8 +121,11 @@ def run(folder: Path, log: Log, tokenizer: CLIPTokenizer, steps: int) -> CLIPTex
         return (tokens_of(tokenizer, captions),)
 
     def compute(tokens: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = module.encoder(tokens).last_hidden_state
-        loss = F.cross_entropy(module.head(hidden[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        logits = module.head(module.encoder(tokens).last_hidden_state)
+        seen = F.one_hot(tokens, logits.shape[-1]).cumsum(1).clamp(max=1).to(logits.dtype)
+        wanted = seen / seen.sum(-1, keepdim=True)
+        # Without the entropy of `wanted`, the loss of a perfect list is zero.
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1)) - seen.sum(-1).log().mean()
         return loss, loss[None]
 
     train("text", steps, folder / "text.pt", log, module, _CPU, lambda i: cosine(i, steps, 2e-3), batch_of, compute,
