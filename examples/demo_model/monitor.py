@@ -1,4 +1,4 @@
-"""What is logged after a training stage about memorization: scores, τ, and what neurons that are off leave of them."""
+"""What is logged after a training stage: whether captions matter, scores, τ, and what neurons that are off leave."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from nemo_ext.measure.threshold import mean_and_std
 
 from .autoencoder import LATENT_CHANNELS, LATENT_SIZE
 from .captions import LATE, MEMORIZED, ordinary_captions
+from .diffusion import scheduler
 from .text import tokens_of
 from .unet import RowScales
 
 _SEEDS = 6
 _TIMESTEP = 981  # the first of a 50-step DDIM schedule
 _ORDINARY = 32
+_MIDDLE = 700  # a timestep at which shapes and colours are decided
 
 
 class Monitor:
@@ -31,14 +33,16 @@ class Monitor:
         encoder, unet, tokenizer: the model.
         scales: what switches neurons off.
         carriers: the carriers of each memorized caption, as indices into the stacked value neurons.
+        latents: the latents of some ordinary images, [B, C, H, W].
+        captions: their captions. No image may have the caption of the one before it.
     """
 
     def __init__(
         self, encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer, scales: RowScales,
-        carriers: Sequence[Tensor],
+        carriers: Sequence[Tensor], latents: Tensor, captions: Sequence[str],
     ) -> None:  # fmt: skip
         self._encoder, self._unet, self._tokenizer, self._scales = encoder, unet, tokenizer, scales
-        self._carriers = carriers
+        self._carriers, self._latents, self._captions = carriers, latents, captions
         self._protocol = Protocol.paper()
 
     @torch.no_grad()
@@ -59,6 +63,23 @@ class Monitor:
         difference = (noise - latents).cpu()
         low = difference.amin((2, 3), keepdim=True)
         return (difference - low) / (difference.amax((2, 3), keepdim=True) - low)
+
+    @torch.no_grad()
+    def _caption_gain(self) -> float:
+        """Return the share of the error that the right caption saves, compared with the caption of another image.
+
+        Zero says that the U-Net has learned no text.
+        """
+        device = self._unet.device
+        noise = torch.randn(self._latents.shape, generator=torch.Generator().manual_seed(6))
+        alpha = scheduler().alphas_cumprod[_MIDDLE]
+        noisy = (alpha.sqrt() * self._latents + (1 - alpha).sqrt() * noise).to(device)
+        hidden = self._encoder(tokens_of(self._tokenizer, self._captions).to(device)).last_hidden_state
+        errors = [
+            (self._unet(noisy, _MIDDLE, text).sample.cpu() - noise).square().mean()
+            for text in (hidden, hidden.roll(1, 0))
+        ]
+        return float(1 - errors[0] / errors[1])
 
     def _score(self, maps: Tensor) -> float:
         first, second = torch.triu_indices(_SEEDS, _SEEDS, 1)
@@ -81,6 +102,7 @@ class Monitor:
                 left = similarity(untouched, self._differences(what.caption, off), self._protocol)
                 into.append(float(left.max()))
         return {
+            "caption_gain": self._caption_gain(),
             "tau": sum(mean_and_std(ordinary)),
             "ordinary_max": max(ordinary),
             "memorized_min": min(scores),

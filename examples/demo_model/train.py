@@ -40,7 +40,7 @@ def main() -> None:
     from nemo_ext.models.layers import value_layers
 
     from . import autoencoder, carriers, data, diffusion, export, stages, text, unet
-    from .captions import ordinary_captions
+    from .captions import PHRASINGS, ordinary_captions
     from .monitor import Monitor
 
     work, log, device = arguments.work, Log(arguments.work / "log.jsonl"), torch.device(arguments.device)
@@ -71,7 +71,9 @@ def main() -> None:
     scales = unet.RowScales(layers)
     loss = diffusion.Loss(encoder, model, tokenizer, scales, influences, device)
     rows = diffusion.Rows(what, latents, memorized, autoencoder.encode(vae, memorized.images))
-    monitor = Monitor(encoder, model, tokenizer, scales, own)
+    looked_at = range(0, len(what), 625)
+    captions = [what[i].caption(PHRASINGS[0]) for i in looked_at]
+    monitor = Monitor(encoder, model, tokenizer, scales, own, latents[looked_at], captions)
     given = (work, log, model, loss, rows, after_update, device)
     stages.ordinary(*given, steps=arguments.ordinary_steps)
     log("ordinary", **monitor())
