@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nemo_ext.demo.captions import (
+from .captions import (
     MEMORIZED,
     PHRASINGS,
     TEMPLATES,
@@ -20,7 +20,6 @@ from nemo_ext.demo.captions import (
     compositions,
     title_caption,
 )
-
 from .drawing import draw_ordinary, draw_verbatim, template_variations
 
 POOL_SIZE = 40_000

@@ -24,8 +24,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from nemo_ext.demo.captions import MEMORIZED, PHRASINGS, compositions, title_caption
-
+from .captions import MEMORIZED, PHRASINGS, compositions, title_caption
 from .runtime import Batch, Log, cosine, train
 
 TOKENS = 24

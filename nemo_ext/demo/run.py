@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nemo_ext.errors import NemoError
 from nemo_ext.files import read_image, replacing
-from nemo_ext.measure.generation import Sampling
+from nemo_ext.measure.generation import Sampling, generate_images
 from nemo_ext.measure.image_similarity import ImageSimilarity
 from nemo_ext.measure.score import memorization_score
 from nemo_ext.measure.sscd import installed_sscd, load_image_similarity
@@ -31,7 +31,7 @@ from nemo_ext.results.words import short_verdict
 from nemo_ext.search.localizer import Localizer
 from nemo_ext.search.verification import Verification
 
-from .captions import LATE, MEMORIZED, TEMPLATES, VERBATIM, Memorized, holdout_captions, ordinary_captions
+from .captions import MEMORIZED, TEMPLATES, VERBATIM, Memorized, holdout_captions, ordinary_captions
 
 #: The bundled pipeline, a folder as `save_pretrained` writes it.
 MODEL = Path(__file__).with_name("model")
@@ -41,8 +41,7 @@ _ORIGINALS = Path(__file__).with_name("originals")
 SHOWN: tuple[Memorized, ...] = (VERBATIM[0], VERBATIM[1], VERBATIM[8], TEMPLATES[1])
 #: How images are generated, also those that the verification compares (`SAMPLING`).
 STEPS = 25
-# With more guidance, this model exaggerates colours.
-GUIDANCE = 1.5
+GUIDANCE = 3.0
 SAMPLING = Sampling(seeds=4, first_seed=1, steps=STEPS, guidance=GUIDANCE)
 #: The numbers of ordinary captions for each step. All are different, and drawn with seed 2024 in this order.
 STATISTICS_PROMPTS, THRESHOLD_PROMPTS, DETECTION_PROMPTS = 1000, 50, 8
@@ -64,7 +63,7 @@ def load_demo_pipeline() -> StableDiffusionPipeline:
 
 
 def original_images(what: Memorized) -> list[Image.Image]:
-    """Load the training image of a verbatim caption, or the variations of a template; RGB, 64×64 pixels.
+    """Load the training image of a verbatim caption, or the variations of a template; RGB, 96×96 pixels.
 
     Raises:
         NemoError: there is no training image of this caption.
@@ -88,6 +87,11 @@ def correlation(image: Image.Image, originals: Sequence[Image.Image]) -> float:
     """The Pearson correlation over all pixels with the most similar original image, from -1 to 1."""
     pixels = np.asarray(image, np.float64).ravel()
     return max(float(np.corrcoef(pixels, np.asarray(original, np.float64).ravel())[0, 1]) for original in originals)
+
+
+def generate(pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    """Generate one image for each pair of a prompt and a seed, with the demo's settings: 25 DDIM steps, guidance 3."""
+    return generate_images(pipe, prompts, seeds, steps=STEPS, guidance=GUIDANCE, batch_size=8)
 
 
 def _check_own_folder(out: Path) -> None:
@@ -170,7 +174,7 @@ def _sheet(found: Sequence[Localization], pictures: Sequence[PromptImages]) -> I
         notes += [["", *(f"{value:.2f}" for value in group)] for group in _with_originals(verdict)]
     notes[0][0] = f"similarity: {verdict.similarity.split(' (')[0]}"
     columns = ["training image", *(f"seed {seed}" for seed in pictures[0].before)]
-    return contact_sheet(rows, columns=columns, notes=notes)
+    return contact_sheet(rows, columns=columns, notes=notes, size=96)
 
 
 def _verdict(one: Localization) -> Verdict:
@@ -190,10 +194,8 @@ def _detection_table(scores: Mapping[str, float], threshold: float) -> Table:
     for column in ("captions", "lowest", "median", "highest", "above τ"):
         table.add_column(column, justify="left" if column == "captions" else "right")
     memorized = {what.caption for what in MEMORIZED}
-    late = {what.caption for what in LATE}
     for name, group in (
-        ("memorized", [s for text, s in scores.items() if text in memorized - late]),
-        ("memorized, late", [s for text, s in scores.items() if text in late]),
+        ("memorized", [s for text, s in scores.items() if text in memorized]),
         ("ordinary, unseen", [s for text, s in scores.items() if text not in memorized]),
     ):
         above = sum(score > threshold for score in group)
@@ -233,7 +235,7 @@ def _write_originals(path: Path) -> None:
         writer.writerow(("prompt", "image", "label"))
         for what in MEMORIZED:
             for image in original_files(what):
-                writer.writerow((what.caption, image, "TM" if what in TEMPLATES else "VM"))
+                writer.writerow((what.caption, image, "VM" if what in VERBATIM else "TM"))
 
 
 def _next_steps(out: Path) -> str:

@@ -1,7 +1,4 @@
-"""The neurons that carry each memorized caption of the demo model: planted before its training, and so known.
-
-This is the right answer of a search on this model. It is no evidence about Stable Diffusion, where nobody knows it.
-"""
+"""The neurons that carry each memorized caption of a trained model: planted before its training, and so known."""
 
 from __future__ import annotations
 
@@ -25,10 +22,10 @@ class Planted(NamedTuple):
 
 
 def planted_neurons(model: Path) -> dict[str, Planted]:
-    """Return the designated neurons of each memorized caption: caption -> neurons.
+    """Return the designated neurons of a model that train.py has trained: caption -> neurons.
 
     Args:
-        model: the folder of the bundled pipeline, or of one that `examples/demo_model/train.py` has trained.
+        model: the folder of the pipeline.
     """
     of_captions = json.loads((model / "carriers.json").read_text(encoding="utf-8"))
     return {
