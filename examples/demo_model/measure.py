@@ -35,7 +35,7 @@ from nemo_ext.models.text import encode_prompts
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import patch_handle, patched
 from nemo_ext.progress import Progress
-from nemo_ext.results.record import Localization
+from nemo_ext.results.record import Localization, Verdict
 from nemo_ext.search.localizer import Localizer
 from nemo_ext.search.probe import NoiseProbe
 from nemo_ext.search.runs import Runs
@@ -280,7 +280,7 @@ def _caption(
         "copies": verdict.copies,
         "found_by": verdict.final.criterion,
         "image_trials": len(verdict.trials),
-        "copies_of_first_set": sum(excess > 1 for excess in verdict.limits.excess(verdict.trials[0])),
+        "copies_of_first_set": _copies_of_first_set(verdict),
         "images_before": max(verdict.before),
         "images_after": verdict.final.highest,
         "with_original_before": with_original(before),
@@ -299,6 +299,11 @@ def _caption(
         "correlation_random": correlations(control),
         "another_memorized_image_after": others(after),
     }
+
+
+def _copies_of_first_set(verdict: Verdict) -> int:
+    """Return how many images of the first set are copies; 0 if no set was tried, because nothing replicated."""
+    return sum(excess > 1 for trial in verdict.trials[:1] for excess in verdict.limits.excess(trial))
 
 
 def _shows(bench: _Bench, what: Memorized, images: Sequence[Image.Image]) -> float:
@@ -334,6 +339,8 @@ def _late(
 def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localization], bars: Progress) -> float:
     """Return the share of pairs (caption, set of another caption) in which the set also brings the caption to τ."""
     silenced = []
+    # A caption that is not above τ has nothing that could be silenced.
+    found = [one for one in found if one.score_before > one.threshold]
     with bars.task("sets of others", len(found)) as advance, patch_handle(pipe) as handle:
         for one in found:
             text = encode_prompts(pipe, [one.prompt])
@@ -341,7 +348,7 @@ def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localizati
             probe.keep_above(one.threshold)
             silenced += [probe.remaining(other.neurons) <= one.threshold for other in found if other is not one]
             advance(1)
-    return float(np.mean(silenced))
+    return float(np.mean(silenced or [0.0]))
 
 
 def _overlap(sets: Sequence[NeuronSet]) -> float:
