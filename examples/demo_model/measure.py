@@ -276,7 +276,7 @@ def _caption(
         "neurons_by_layer": one.neurons.to_dict(),
         "minimal": one.certificate is not None and one.certificate.minimal,
         "unet_samples": one.unet_samples,
-        "verified": one.verified,
+        "verified": bool(one.verified),
         "copies": verdict.copies,
         "found_by": verdict.final.criterion,
         "image_trials": len(verdict.trials),
