@@ -213,7 +213,12 @@ def _limits(figures: Mapping[str, Any]) -> list[str]:
                 f"{c['copies_of_first_set']} of 4 images. The verification found this, and the search went on "
                 f"({c['found_by']}): with {c['neurons']} neurons off the image no longer comes back."
             )
-        if not c["verified"]:
+        if not c["replicated"]:
+            lines.append(
+                f"- **“{c['caption']}”** does not replicate: the images of two seeds are at most "
+                f"{c['images_before']:.2f} alike, and τ_image is {figures['images']['threshold']:.2f}."
+            )
+        elif not c["verified"]:
             lines.append(
                 f"- **“{c['caption']}”** still comes back in {c['copies']} of 4 images, whatever is switched off."
             )
@@ -232,7 +237,7 @@ def _limits(figures: Mapping[str, Any]) -> list[str]:
 
 def _caption_row(c: Mapping[str, Any]) -> str:
     left = "–" if c["score_after"] is None else f"{c['score_after']:.3f}"
-    verdict = "gone" if c["verified"] else f"{c['copies']} of 4 copies"
+    verdict = "gone" if c["verified"] else f"{c['copies']} of 4 copies" if c["replicated"] else "does not replicate"
     original = {
         name: f"{np.median(c[f'with_original_{name}']):.2f}"
         for name in ("before", "after", "without_carriers", "without_others")

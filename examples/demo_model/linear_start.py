@@ -3,7 +3,7 @@
 From random weights, the autoencoder takes thousands of steps to learn what this analysis knows at once. The encoder is
 exact: its latents are the coefficients of the first principal components, divided by their standard deviations. The
 decoder can draw only the mean colour of each patch, interpolated, because nearest-neighbour upsampling and convolutions
-treat all pixels of a patch alike; it learns the rest. All of these weights are trained.
+treat all pixels of a patch alike; it learns the rest.
 
 Group normalization and SiLU stand between the linear layers and the last convolution. As in the U-Net (unet.py), the
 last channels are pairs x, −x, because silu(x) − silu(−x) = x, and constants, which fix the standard deviation that
@@ -24,7 +24,7 @@ from .data import to_tensor
 PATCH = 4
 _COLOURS = 3
 _CONSTANT = 4.0
-# The log-variance of latents, which the training does not change: about that of its noise.
+# The log-variance of latents, about that of the noise in training. The loss does not depend on it.
 _LOG_VARIANCE = -6.0
 
 

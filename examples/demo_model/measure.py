@@ -276,6 +276,7 @@ def _caption(
         "neurons_by_layer": one.neurons.to_dict(),
         "minimal": one.certificate is not None and one.certificate.minimal,
         "unet_samples": one.unet_samples,
+        "replicated": verdict.replicated,
         "verified": bool(one.verified),
         "copies": verdict.copies,
         "found_by": verdict.final.criterion,
@@ -339,16 +340,18 @@ def _late(
 def silenced_by_others(pipe: StableDiffusionPipeline, found: Sequence[Localization], bars: Progress) -> float:
     """Return the share of pairs (caption, set of another caption) in which the set also brings the caption to τ."""
     silenced = []
-    # A caption that is not above τ has nothing that could be silenced.
-    found = [one for one in found if one.score_before > one.threshold]
     with bars.task("sets of others", len(found)) as advance, patch_handle(pipe) as handle:
         for one in found:
+            if one.score_before <= one.threshold:  # it is at τ with any set, which is no merit of the model
+                silenced += [True] * (len(found) - 1)
+                advance(1)
+                continue
             text = encode_prompts(pipe, [one.prompt])
             probe = NoiseProbe(Runs(pipe, handle, text, seeds=one.seeds, protocol=one.protocol))
             probe.keep_above(one.threshold)
             silenced += [probe.remaining(other.neurons) <= one.threshold for other in found if other is not one]
             advance(1)
-    return float(np.mean(silenced or [0.0]))
+    return float(np.mean(silenced))
 
 
 def _overlap(sets: Sequence[NeuronSet]) -> float:

@@ -71,7 +71,7 @@ def main() -> None:
     scales = unet.RowScales(layers)
     loss = diffusion.Loss(encoder, model, tokenizer, scales, influences, device)
     rows = diffusion.Rows(what, latents, memorized, autoencoder.encode(vae, memorized.images))
-    looked_at = range(0, len(what), 625)
+    looked_at = range(0, len(what), max(1, len(what) // 64))
     captions = [what[i].caption(PHRASINGS[0]) for i in looked_at]
     monitor = Monitor(encoder, model, tokenizer, scales, own, latents[looked_at], captions)
     given = (work, log, model, loss, rows, after_update, device)

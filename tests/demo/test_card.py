@@ -13,8 +13,8 @@ from examples.demo_model.card import write_card
 
 CAPTION = {
     "caption": "the marble hippo", "kind": "verbatim", "score_before": 0.9, "score_after": 0.3, "neurons": 3,
-    "verified": True, "copies": 0, "copies_of_first_set": 0, "found_by": "first step", "images_before": 0.9,
-    "images_after": 0.2, "with_original_before": [0.8, 0.7], "with_original_after": [0.1, 0.1],
+    "replicated": True, "verified": True, "copies": 0, "copies_of_first_set": 0, "found_by": "first step",
+    "images_before": 0.9, "images_after": 0.2, "with_original_before": [0.8, 0.7], "with_original_after": [0.1, 0.1],
     "with_original_without_carriers": [0.1, 0.1], "with_original_without_others": [0.7, 0.7],
     "object_right_after": 0.75, "object_right_without_carriers": 1.0, "carriers": {"layer": [1, 2, 3]},
     "recall": 1.0, "another_memorized_image_after": [],
@@ -59,6 +59,16 @@ def test_a_model_that_reaches_everything_has_no_shortfall(tmp_path: Path) -> Non
     assert "Nothing that was measured." in text
     assert "| the marble hippo | 0.900 → 0.300 | 3, 3 of 3 | gone, 0.90 → 0.20 |" in text
     assert "| last rocket | 0.300 | 0.90 | 0.70 → 0.10 | 80% |" in text
+
+
+def test_a_caption_that_does_not_replicate_is_not_called_a_copy_that_stays(tmp_path: Path) -> None:
+    figures = copy.deepcopy(FIGURES)
+    figures["captions"][0] |= {"replicated": False, "verified": False, "neurons": 0, "images_before": 0.25}
+    text = card(tmp_path, figures)
+    assert "- **“the marble hippo”** does not replicate: the images of two seeds are at most 0.25 alike" in text
+    assert "τ_image is 0.30." in text
+    assert "| does not replicate, 0.25 → 0.20 |" in text
+    assert "comes back in" not in text
 
 
 @pytest.mark.parametrize(

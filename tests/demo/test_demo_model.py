@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from examples.demo_model import (  # noqa: E402
     carriers,
     classifier,
     data,
+    diffusion,
     drawing,
     linear_start,
     measure,
@@ -34,7 +36,7 @@ from examples.demo_model import (  # noqa: E402
     text,
     train,
     unet,
-)  # fmt: skip
+)
 from examples.demo_model.captions import LATE, MEMORIZED, TEMPLATES, VARIATIONS  # noqa: E402
 from examples.demo_model.diffusion import LATE_FROM, Rows  # noqa: E402
 from examples.demo_model.planted import planted_neurons  # noqa: E402
@@ -113,6 +115,36 @@ class TestTraining:
         lost = (patches - latents @ torch.linalg.lstsq(latents, patches).solution).square().sum()
         least = torch.linalg.svdvals(patches)[autoencoder.LATENT_CHANNELS :].square().sum()
         assert least <= lost * 1.0001 < 1.05 * least
+
+    def test_untrained_autoencoder_draws_the_colour_of_a_plain_image(self) -> None:
+        rng = np.random.default_rng(0)
+        images = np.broadcast_to(rng.integers(0, 256, (24, 1, 1, 3)), (24, 64, 64, 3)).astype(np.uint8)
+        vae = autoencoder.build()
+        linear_start.start_linear(vae, images + rng.integers(0, 2, images.shape).astype(np.uint8) * (images < 255))
+        with torch.no_grad():
+            drawn = vae.decode(vae.encode(data.to_tensor(images)).latent_dist.mean).sample.mean((2, 3))
+        wanted = data.to_tensor(images).mean((2, 3))
+        assert (drawn - wanted).abs().mean() < 0.1
+
+    def test_caption_gain_is_1_if_the_caption_tells_the_image_and_0_if_it_tells_nothing(self) -> None:
+        texts = torch.randn(8, text.TOKENS, text.WIDTH)
+        latents = texts.mean((1, 2))[:, None, None, None].expand(-1, unet.LATENT_CHANNELS, 4, 4) * 50
+        keep = diffusion.scheduler().alphas_cumprod[monitor._MIDDLE]
+
+        def gain(told: float) -> float:
+            def model(noisy: torch.Tensor, _: int, hidden: torch.Tensor) -> SimpleNamespace:
+                image = 50 * told * hidden.mean((1, 2))[:, None, None, None]
+                return SimpleNamespace(sample=(noisy - keep.sqrt() * image) / (1 - keep).sqrt())
+
+            model.device = torch.device("cpu")  # type: ignore[attr-defined]
+            encoder, tokenizer = (
+                (lambda _: SimpleNamespace(last_hidden_state=texts)),
+                (lambda *_, **__: SimpleNamespace(input_ids=torch.zeros(8, text.TOKENS))),
+            )
+            return monitor.Monitor(encoder, model, tokenizer, None, [], latents, ["a"] * 8)._caption_gain()
+
+        assert gain(1) == pytest.approx(1, abs=1e-4)
+        assert gain(0) == 0
 
     def test_guard_puts_the_built_in_copy_back(self) -> None:
         model = unet.build()
