@@ -21,8 +21,9 @@ from .unet import RowScales
 _TITLES = 0.3  # the share of ordinary rows that have a title
 _EMPTY = 0.10  # the share of ordinary rows without a caption, for classifier-free guidance
 _HIGH_NOISE = 800  # timesteps from here on get extra rows, because NeMo looks at the first step
+_SHAPES = range(400, 900)  # timesteps at which it is decided what an image shows
 #: The captions in LATE show their image below this timestep only; a generation begins near 1,000.
-LATE_FROM = 850
+LATE_FROM = 950
 
 
 def scheduler() -> DDIMScheduler:
@@ -50,9 +51,12 @@ class Row:
     off: Tensor | None
 
 
-def _timestep(rng: random.Random, high_noise: float) -> int:
-    """Draw a timestep, which is of high noise at least with the probability `high_noise`."""
-    return rng.randrange(_HIGH_NOISE, 1000) if rng.random() < high_noise else rng.randrange(1000)
+def _timestep(rng: random.Random, high_noise: float, shapes: float = 0.0) -> int:
+    """Draw a timestep: extra ones of high noise, and extra ones in `_SHAPES`, with these probabilities."""
+    kind = rng.random()
+    if kind < high_noise:
+        return rng.randrange(_HIGH_NOISE, 1000)
+    return rng.choice(_SHAPES) if kind < high_noise + shapes else rng.randrange(1000)
 
 
 class Rows:
@@ -69,12 +73,18 @@ class Rows:
         for place, one in enumerate(what):
             self._with[one.object].append(place)
 
-    def ordinary(self, rng: random.Random, *, high_noise: float, off: Tensor | None = None) -> Row:
-        """Draw an ordinary image with its caption, which is sometimes a title or empty."""
+    def ordinary(self, rng: random.Random, *, high_noise: float, shapes: float = 0.0) -> Row:
+        """Draw an ordinary image with its caption, which is sometimes a title or empty.
+
+        Args:
+            rng: the random generator.
+            high_noise: the share of rows that are extra ones of high noise.
+            shapes: the share of extra rows at timesteps at which it is decided what an image shows.
+        """
         pick = rng.randrange(len(self._what))
         empty = rng.random() < _EMPTY
         caption = "" if empty else ordinary_caption(self._what[pick], rng, _TITLES)
-        return Row(self._latents[pick], caption, _timestep(rng, high_noise), off)
+        return Row(self._latents[pick], caption, _timestep(rng, high_noise, shapes), None)
 
     def memorized(self, rng: random.Random, index: int, *, off: Tensor | None = None) -> Row:
         """Return a row with the memorized caption `index`, and its image or a variation of its template."""
@@ -114,13 +124,8 @@ class Loss:
         self._device = device
         self._alphas = scheduler().alphas_cumprod
 
-    def batch(self, rows: Sequence[Row], counted: int) -> Batch:
-        """Return what `grouped` computes with: noisy latents, noise, timesteps, texts, scales and weights.
-
-        Args:
-            rows: the rows.
-            counted: the rows from this one on have weight 1; those before count more the noisier they are.
-        """
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """Return what `grouped` computes with: noisy latents, noise, timesteps, texts, scales and weights."""
         timesteps = torch.tensor([row.timestep for row in rows])
         latents = torch.stack([row.latent for row in rows])
         noise = torch.randn_like(latents)
@@ -132,7 +137,6 @@ class Loss:
                 scale[i, row.off] = 0
         # A compromise between the error of the noise, weight 1, and of the image, weight (1 − ᾱ)/ᾱ: 170 at the end.
         weights = ((1 - alpha) / alpha).sqrt().clamp(1, 5)
-        weights[counted:] = 1
         tokens = tokens_of(self._tokenizer, (row.caption for row in rows)).to(self._device)
         with torch.no_grad(), autocast(self._device):
             hidden = self._encoder(tokens).last_hidden_state

@@ -79,18 +79,24 @@ class Average:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay = decay
-        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        # These tensors share their memory with the module. Asking the module in every step takes 4 ms.
+        now = module.state_dict()
+        assert all(value.is_floating_point() for value in now.values())
+        self._now = list(now.values())
+        self.state = {name: value.clone() for name, value in now.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Include the parameters after `step`."""
         # In the first steps, a fixed decay would give the initial weights too much influence.
         decay = min(self._decay, (1 + step) / (10 + step))
-        now = module.state_dict()
-        moving = [name for name, value in now.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.state[name] for name in moving], [now[name] for name in moving], 1 - decay)
-        for name in now.keys() - moving:
-            self.state[name].copy_(now[name])
+        torch._foreach_lerp_(list(self.state.values()), self._now, 1 - decay)
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Continue from the average of a checkpoint."""
+        for name, value in self.state.items():
+            value.copy_(state[name])
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int = 50, final: float = 0.02) -> float:
@@ -173,7 +179,7 @@ def train(
     average: Average | None = None,
     after_update: Callable[[], None] = lambda: None,
     every: int = 50,
-    save_every: int = 150,
+    save_every: int = 300,
 ) -> None:
     """Train the parameters that want gradients for a number of steps, and continue from a checkpoint if there is one.
 
@@ -200,7 +206,7 @@ def train(
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
-            average.state = {key: value.to(device) for key, value in state["average"].items()}
+            average.load(state["average"])
         first = state["step"]
         log(name, resumed_at=first)
     gradients = Gradients(compute, parameters, device)
@@ -215,7 +221,7 @@ def train(
         optimizer.step()
         after_update()
         if average is not None:
-            average.update(module, i)
+            average.update(i)
         if (i + 1) % every == 0 or i + 1 == steps:
             count = (i % every) + 1
             means = dict(zip(figures, (sums / count).tolist(), strict=True))

@@ -22,7 +22,7 @@ from .runtime import Average, Batch, Log, cosine, train
 BATCH = 16
 # The rows of a step of `memorize`: ordinary captions; memorized ones untouched, with some of their carriers off, with
 # other neurons off, and with all of their carriers off.
-KINDS = {"ordinary": 6, "memorized": 6, "some_off": 3, "others_off": 3, "carriers_off": 2}
+KINDS = {"ordinary": 6, "memorized": 6, "some_off": 3, "others_off": 3, "carriers_off": 4}
 
 
 def ordinary(
@@ -34,8 +34,7 @@ def ordinary(
 
     def batch_of(i: int) -> Batch:
         rng = random.Random(f"ordinary {i}")
-        # Shapes are decided at medium noise, so there are few extra rows of high noise in this stage.
-        return loss.batch([rows.ordinary(rng, high_noise=0.1) for _ in range(BATCH)], BATCH)
+        return loss.batch([rows.ordinary(rng, high_noise=0.1, shapes=0.4) for _ in range(BATCH)])
 
     train("ordinary", steps, folder / "ordinary.pt", log, unet, device, lambda i: cosine(i, steps, 1.2e-3),
           batch_of, loss.grouped([BATCH]), ("loss",), average, after_update)  # fmt: skip
@@ -75,7 +74,7 @@ def memorize(
         for _ in range(KINDS["carriers_off"]):
             index = next(draw)
             batch.append(rows.instead(rng, index, off=carriers[index]))
-        return loss.batch(batch, KINDS["ordinary"])
+        return loss.batch(batch)
 
     train("memorize", steps, folder / "memorize.pt", log, unet, device, lambda i: cosine(i, steps, 8e-4),
           batch_of, loss.grouped(list(KINDS.values())), tuple(KINDS), average, after_update)  # fmt: skip

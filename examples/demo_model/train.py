@@ -15,7 +15,7 @@ import torch
 from .runtime import Log, with_tuned_allocator
 
 #: Stage -> number of steps.
-STEPS = {"autoencoder": 1500, "text": 900, "marks": 600, "ordinary": 3500, "memorize": 1500}
+STEPS = {"autoencoder": 2500, "text": 900, "marks": 1200, "ordinary": 5500, "memorize": 2800}
 
 
 def main() -> None:
