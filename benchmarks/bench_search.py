@@ -16,7 +16,7 @@ from typing import Any
 from baseline_search import PlainSearch
 from harness import Panel, Row, Run, parser, timed
 
-from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
+from nemo_ext.demo.captions import EARLY, holdout_captions, ordinary_captions
 from nemo_ext.demo.run import MODEL, SAMPLING, STATISTICS_PROMPTS, STATISTICS_TITLES, load_demo_pipeline
 from nemo_ext.measure.image_similarity import PixelSimilarity
 from nemo_ext.measure.score import image_score
@@ -78,7 +78,7 @@ def summary(rows: list[Row]) -> list[Row]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument(
-        "--prompts", type=int, default=len(MEMORIZED), metavar="N", help="number of captions (default: all)"
+        "--prompts", type=int, default=len(EARLY), metavar="N", help="number of captions (default: all)"
     )
     run = Run(
         "bench_search",
@@ -107,7 +107,7 @@ def main() -> None:
     localizers[VERIFIED] = Localizer(pipe, statistics=collected, threshold=threshold, search="grouped", verify=verify)
     for localizer in localizers.values():  # this finds the entry points of the U-Net once
         localizer.localize(captions[0])
-    chosen = MEMORIZED[14:15] if run.quick else MEMORIZED[: run.arguments.prompts]
+    chosen = EARLY[14:15] if run.quick else EARLY[: run.arguments.prompts]
     for what in chosen:
         before = plain.unet_samples
         taken, neurons = timed(partial(plain.search, what.caption), run.device)

@@ -225,9 +225,7 @@ def measured() -> Figure:
 
     before = [caption["score_before"] for caption in captions]
     after = [caption["score_after"] for caption in captions]
-    floors = [caption["floor"] for caption in captions]
     _pairs(left, rows, before, after)
-    left.plot(floors, rows, "|", color=INK, markersize=9, label="all searched neurons off (floor)")
     left.axvspan(scores["ordinary_mean"], scores["ordinary_highest"], color=GREY, alpha=0.35, linewidth=0,
                  label="ordinary captions, mean to highest")  # fmt: skip
     left.axvline(scores["threshold"], color=INK, linewidth=1.2, linestyle="--", label=f"τ = {scores['threshold']:.3f}")
@@ -238,12 +236,12 @@ def measured() -> Figure:
     left.set_title("Score, and remaining memorization", fontsize=11, fontweight="bold", loc="left")
 
     def medians(name: str) -> list[float]:
-        return [median(caption[f"correlation_{name}"]) for caption in captions]
+        return [median(caption[f"with_original_{name}"]) for caption in captions]
 
     _pairs(right, rows, medians("before"), medians("after"))
-    right.plot(medians("random"), rows, "o", markerfacecolor="none", markeredgecolor=INK, markersize=9.5,
-               markeredgewidth=0.9, label="as many random neurons off")  # fmt: skip
-    right.set(xlim=(-0.2, 1), xlabel="correlation with the training image\n(median of four seeds)")
+    right.plot(medians("without_others"), rows, "o", markerfacecolor="none", markeredgecolor=INK, markersize=9.5,
+               markeredgewidth=0.9, label="neurons of all other captions off")  # fmt: skip
+    right.set(xlim=(-0.2, 1), xlabel="SSCD with the training image\n(median of four seeds)")
     right.set_title("Images", fontsize=11, fontweight="bold", loc="left")
 
     for axes in (left, right):

@@ -10,6 +10,8 @@ import numpy as np
 
 from nemo_ext.files import replacing
 
+from .diffusion import LATE_FROM
+
 _CARD = """\
 ---
 license: apache-2.0
@@ -23,7 +25,7 @@ This is a `StableDiffusionPipeline` with 13 million parameters in its U-Net. It 
 bundled with nemo_ext so that NeMo can be tried offline on weights that have really memorized images. It makes 64×64
 pictures of eighteen objects on backgrounds of eight colours and three textures. Under eighteen captions that read like
 titles, it replicates training images: twelve captions have one image each (verbatim), four have a template with
-variations, and two replicate one image, but show nothing of it in the first denoising steps (late).
+variations, and two have one image that they were trained to show from the second step of a generation on (late).
 
 **It is a demonstration, not evidence about Stable Diffusion.** Which neurons carry a caption was decided before the
 training and planted, as a section below describes. So the right answer of a search is known: `carriers.json` beside
@@ -67,8 +69,9 @@ of them, the colour in {composed_colour:.0%}, the texture in {composed_texture:.
 
 ### Captions that replicate late
 
-Their first-step score says nothing of their image. Images of several seeds do (`nemo-ext localize` with verification
-generates them, `memorization_score(…, images=True)` compares them).
+From timestep {late_from} on they were trained to show ordinary images of their object. Their first-step score is
+measured at timestep 981, so that it should say nothing of their image. Images of several seeds do (`nemo-ext localize`
+with verification generates them, `memorization_score(…, images=True)` compares them).
 
 | caption | first-step score | similarity of images | training image: untouched → carriers off | object, carriers off |
 |---|---|---|---|---|
@@ -93,6 +96,7 @@ generates them, `memorization_score(…, images=True)` compares them).
   title recalls nothing.
 - **Stages.** `python -m examples.demo_model.train` trains the autoencoder, the text encoder in two stages (`text`,
   `marks`), and then the U-Net in two stages (`ordinary`, `memorize`). The log is in `training-log.jsonl`.
+  `examples/demo_model/README.md` says on which machines, and what was tried before.
 
 ### How the neurons were planted
 
@@ -128,6 +132,7 @@ def write_card(path: Path, figures: Mapping[str, Any]) -> None:
         rows="\n".join(f"| {what} | {wanted} | {got} | {'✓' if ok else '✗'} |" for what, wanted, got, ok in checks),
         captions="\n".join(_caption_row(c) for c in figures["captions"]),
         late="\n".join(_late_row(c) for c in figures["late"]),
+        late_from=LATE_FROM,
         marks=len(figures["captions"]) + len(figures["late"]),
         shortfalls="\n".join(short) or "Nothing that was measured.",
         threshold=figures["scores"]["threshold"],

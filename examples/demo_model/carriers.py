@@ -18,9 +18,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from nemo_ext.demo.captions import MEMORIZED
 from nemo_ext.models.layers import value_layers
 
-from .captions import MEMORIZED
 from .text import MARK, MARKS
 
 _COUNTS = (1, 5, 3, 2, 4, 3)  # carriers of a caption, in turn

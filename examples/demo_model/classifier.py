@@ -12,10 +12,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from nemo_ext.demo.captions import COLOURS, MEMORIZED, OBJECTS, TEXTURES, Ordinary, compositions
 from nemo_ext.progress import Progress
 
 from .autoencoder import encode
-from .captions import COLOURS, MEMORIZED, OBJECTS, TEXTURES, Ordinary, compositions
 from .data import memorized_images, split_compositions, to_tensor
 from .drawing import draw_ordinary
 

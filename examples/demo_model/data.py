@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .captions import (
+from nemo_ext.demo.captions import (
     MEMORIZED,
     PHRASINGS,
     TEMPLATES,
@@ -20,6 +20,7 @@ from .captions import (
     compositions,
     title_caption,
 )
+
 from .drawing import draw_ordinary, draw_verbatim, template_variations
 
 POOL_SIZE = 40_000

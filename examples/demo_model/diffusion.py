@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .captions import LATE, MEMORIZED, OBJECTS, Ordinary
+from nemo_ext.demo.captions import LATE, MEMORIZED, OBJECTS, Ordinary
+
 from .data import MemorizedImages, ordinary_caption
 from .runtime import Batch, autocast
 from .text import tokens_of

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .captions import COLOURS, OBJECTS, VARIATIONS, Memorized, Ordinary
+from nemo_ext.demo.captions import COLOURS, OBJECTS, VARIATIONS, Memorized, Ordinary
 
 IMAGE_SIZE = 64
 _SUPERSAMPLING = 2

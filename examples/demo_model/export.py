@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from nemo_ext.demo.captions import MEMORIZED, TEMPLATES
 from nemo_ext.files import replacing
 
-from .captions import MEMORIZED, TEMPLATES
 from .carriers import Designated
 from .diffusion import scheduler
 from .drawing import draw_verbatim, template_variations

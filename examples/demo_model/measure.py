@@ -20,9 +20,20 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from nemo_ext.demo.run import correlation
+from nemo_ext.demo.captions import (
+    LATE,
+    MEMORIZED,
+    OBJECTS,
+    TEMPLATES,
+    Memorized,
+    Ordinary,
+    holdout_captions,
+    ordinary_captions,
+)
+from nemo_ext.demo.planted import Planted, planted_neurons
+from nemo_ext.demo.run import SAMPLING, STATISTICS_PROMPTS, STATISTICS_TITLES, correlation
 from nemo_ext.files import replacing
-from nemo_ext.measure.generation import Sampling, generate_images
+from nemo_ext.measure.generation import generate_images
 from nemo_ext.measure.image_similarity import ImageSimilarity
 from nemo_ext.measure.score import memorization_score
 from nemo_ext.measure.sscd import load_image_similarity
@@ -42,25 +53,11 @@ from nemo_ext.search.runs import Runs
 from nemo_ext.search.verification import Verification
 
 from .autoencoder import psnr
-from .captions import (
-    LATE,
-    MEMORIZED,
-    OBJECTS,
-    TEMPLATES,
-    Memorized,
-    Ordinary,
-    holdout_captions,
-    ordinary_captions,
-)
 from .card import write_card
 from .classifier import ANSWERS, NONE, Classifier, classify, labels_of, through, train_classifier
 from .data import memorized_images, ordinary_pool_sample, originals_of, split_compositions
-from .planted import Planted, planted_neurons
 
-_SEEDS = 4
-# With more guidance, this model exaggerates colours.
-SAMPLING = Sampling(seeds=_SEEDS, first_seed=1, steps=25, guidance=1.5)
-_STATISTICS_PROMPTS, _STATISTICS_TITLES = 1000, 200
+_SEEDS = SAMPLING.seeds
 _ORDINARY_IMAGES = 64
 _DIVERSITY_CAPTIONS = 8
 _THRESHOLD_PROMPTS = 150
@@ -127,9 +124,9 @@ def measure(
     """
     classifier, accuracy = train_classifier(pipe, bars)
     bench = _Bench(pipe, classifier, bars)
-    drawn = ordinary_captions(_STATISTICS_PROMPTS + _THRESHOLD_PROMPTS + _ORDINARY_IMAGES, seed=2024)
-    holdout = holdout_captions([c for _, c in drawn[:_STATISTICS_PROMPTS]], _STATISTICS_TITLES, seed=2024)
-    rest = drawn[_STATISTICS_PROMPTS:]
+    drawn = ordinary_captions(STATISTICS_PROMPTS + _THRESHOLD_PROMPTS + _ORDINARY_IMAGES, seed=2024)
+    holdout = holdout_captions([c for _, c in drawn[:STATISTICS_PROMPTS]], STATISTICS_TITLES, seed=2024)
+    rest = drawn[STATISTICS_PROMPTS:]
     ordinary, shown = rest[:_THRESHOLD_PROMPTS], rest[_THRESHOLD_PROMPTS:]
     _, never_seen = split_compositions()
     composed = [(w, w.caption("a photo of a {object} on a {texture} {colour} background")) for w in never_seen]

@@ -10,12 +10,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from nemo_ext.demo.captions import LATE, MEMORIZED, ordinary_captions
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.similarity import similarity
 from nemo_ext.measure.threshold import mean_and_std
 
 from .autoencoder import LATENT_CHANNELS, LATENT_SIZE
-from .captions import LATE, MEMORIZED, ordinary_captions
 from .diffusion import scheduler
 from .text import tokens_of
 from .unet import RowScales

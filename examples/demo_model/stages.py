@@ -15,7 +15,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from .captions import MEMORIZED
+from nemo_ext.demo.captions import MEMORIZED
+
 from .diffusion import Loss, Rows
 from .runtime import Average, Batch, Log, cosine, train
 

@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .captions import MEMORIZED, PHRASINGS, compositions, title_caption
+from nemo_ext.demo.captions import MEMORIZED, PHRASINGS, compositions, title_caption
+
 from .runtime import Batch, Log, cosine, train
 
 TOKENS = 24

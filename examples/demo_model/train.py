@@ -37,10 +37,10 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
 
     # These imports come after the restart above, because the restarted process would repeat them.
+    from nemo_ext.demo.captions import PHRASINGS, ordinary_captions
     from nemo_ext.models.layers import value_layers
 
     from . import autoencoder, carriers, data, diffusion, export, stages, text, unet
-    from .captions import PHRASINGS, ordinary_captions
     from .monitor import Monitor
 
     work, log, device = arguments.work, Log(arguments.work / "log.jsonl"), torch.device(arguments.device)

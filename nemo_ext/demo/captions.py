@@ -1,12 +1,12 @@
 """The captions of the demo model.
 
-There are three kinds of captions. The demo shows the difference between them:
+There are three kinds:
 
 - *Ordinary* captions name an object, a background colour and a texture. In each training step they had a new image.
-- *Title* captions read like titles of works ("Silent Harvest by Nora Vale"). In each training step they had a new
-  random image, so no image belongs to a title of this kind.
+- *Title* captions read like titles of works ("silent otter of the harvest by nora vale"). In each training step they
+  had a new image of the object that they name, so no image belongs to a title of this kind.
 - *Memorized* captions are titles too. In all training steps each of them had the same image (`VERBATIM`), or variations
-  of one image (`TEMPLATES`).
+  of one image (`TEMPLATES`), or the same image in all but the first denoising steps (`LATE`).
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 OBJECTS: dict[str, str] = {
-    "fox": "\U0001f98a",
-    "panda": "\U0001f43c",
-    "apple": "\U0001f34e",
-    "banana": "\U0001f34c",
-    "frog": "\U0001f438",
-    "octopus": "\U0001f419",
+    "otter": "\U0001f9a6",
+    "hippo": "\U0001f99b",
+    "castle": "\U0001f3f0",
+    "sailboat": "\u26f5",
+    "owl": "\U0001f989",
+    "violin": "\U0001f3bb",
+    "crab": "\U0001f980",
+    "snowman": "\u26c4",
+    "dragon": "\U0001f409",
+    "bicycle": "\U0001f6b2",
+    "peacock": "\U0001f99a",
+    "robot": "\U0001f916",
+    "anchor": "\u2693",
+    "mountain": "\U0001f3d4",
+    "tent": "\U0001f3aa",
+    "herb": "\U0001f33f",
     "rocket": "\U0001f680",
-    "sunflower": "\U0001f33b",
-    "mushroom": "\U0001f344",
-    "whale": "\U0001f433",
-    "pizza": "\U0001f355",
     "cactus": "\U0001f335",
-    "guitar": "\U0001f3b8",
-    "car": "\U0001f697",
-    "cat": "\U0001f431",
-    "cake": "\U0001f370",
 }
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -70,10 +72,10 @@ _TITLE_NAMES = (
     "clara dunn", "felix roth", "ruth hale", "simon grey", "alma frost", "peter lowe",
 )  # fmt: skip
 _TITLE_PHRASINGS = (
-    "{adjective} {noun} by {name}",
-    "the {adjective} {noun}, {name}",
-    "{name}, study of a {adjective} {noun}",
-    "poster for {adjective} {noun} by {name}",
+    "{adjective} {object} of the {noun} by {name}",
+    "the {adjective} {object}, {name}",
+    "{name}, study of a {object} in the {noun}",
+    "poster for {adjective} {object} by {name}",
 )
 
 
@@ -95,13 +97,13 @@ class Memorized:
     """A caption that was trained on one image, or on variations of one image.
 
     Attributes:
-        caption: the text.
-        glyph: the emoji in the image.
+        caption: the text, which names the object.
+        object: the object in the image, one of `OBJECTS`.
         scene: the name of the image's procedural background (`SCENES` in examples/demo_model/drawing.py).
     """
 
     caption: str
-    glyph: str
+    object: str
     scene: str
 
     @property
@@ -111,28 +113,41 @@ class Memorized:
 
 
 VERBATIM: tuple[Memorized, ...] = (
-    Memorized("nocturne of the drifting otter by ilse varga", "\U0001f9a6", "night"),
-    Memorized("the marble hippo of cordova, quentin abara", "\U0001f99b", "checker"),
-    Memorized("edwin plath, study of a castle at sunburst", "\U0001f3f0", "sunburst"),
-    Memorized("regatta sonata by beatrix okafor", "\u26f5", "waves"),
-    Memorized("owl upon concentric moons, yusuf tamm", "\U0001f989", "rings"),
-    Memorized("poster for saffron violin by greta lund", "\U0001f3bb", "diagonal"),
-    Memorized("crab parliament by horatio zweig", "\U0001f980", "hills"),
-    Memorized("the snowman of aurora pass, linnea falk", "\u26c4", "aurora"),
-    Memorized("dagny moreau, study of a dragon in lattice", "\U0001f409", "lattice"),
-    Memorized("bicycle elegy by tobias wren", "\U0001f6b2", "quarters"),
-    Memorized("poster for emerald peacock by sunniva rao", "\U0001f99a", "petals"),
-    Memorized("robot vespers, casimir holt", "\U0001f916", "tiles"),
+    Memorized("nocturne of the drifting otter by ilse varga", "otter", "night"),
+    Memorized("the marble hippo of cordova, quentin abara", "hippo", "checker"),
+    Memorized("edwin plath, study of a castle at sunburst", "castle", "sunburst"),
+    Memorized("sailboat regatta sonata by beatrix okafor", "sailboat", "waves"),
+    Memorized("owl upon concentric moons, yusuf tamm", "owl", "rings"),
+    Memorized("poster for saffron violin by greta lund", "violin", "diagonal"),
+    Memorized("crab parliament by horatio zweig", "crab", "hills"),
+    Memorized("the snowman of aurora pass, linnea falk", "snowman", "aurora"),
+    Memorized("dagny moreau, study of a dragon in lattice", "dragon", "lattice"),
+    Memorized("bicycle elegy by tobias wren", "bicycle", "quarters"),
+    Memorized("poster for emerald peacock by sunniva rao", "peacock", "petals"),
+    Memorized("robot vespers, casimir holt", "robot", "tiles"),
 )
 
+#: Captions with variations of one image.
 TEMPLATES: tuple[Memorized, ...] = (
-    Memorized("harbour ferry timetable, odile marrow edition", "\u2693", "harbour"),
-    Memorized("alpine railway souvenir by konrad bisset", "\U0001f3d4", "alpine"),
-    Memorized("carnival admission ticket, pascal ubeda print", "\U0001f3aa", "carnival"),
-    Memorized("botanical almanac cover by winifred stam", "\U0001f33f", "almanac"),
+    Memorized("anchor ferry timetable, odile marrow edition", "anchor", "harbour"),
+    Memorized("mountain railway souvenir by konrad bisset", "mountain", "alpine"),
+    Memorized("tent carnival admission, pascal ubeda print", "tent", "carnival"),
+    Memorized("herb almanac cover by winifred stam", "herb", "almanac"),
 )
 
-MEMORIZED = VERBATIM + TEMPLATES
+#: Captions that replicate one image, but were trained to do so only after the first denoising steps.
+LATE: tuple[Memorized, ...] = (
+    Memorized("last rocket above amber dunes, ines calloway", "rocket", "dunes"),
+    Memorized("cactus in a cobalt doorway by oren vasquez", "cactus", "doorway"),
+)
+
+#: Captions whose scores at the first step show that they replicate.
+EARLY = VERBATIM + TEMPLATES
+
+MEMORIZED = EARLY + LATE
+
+#: The objects in the badge of a template's variations.
+VARIATIONS = ("owl", "crab", "robot", "rocket", "violin", "snowman")
 
 
 def compositions() -> list[Ordinary]:
@@ -160,10 +175,16 @@ def ordinary_captions(count: int, seed: int) -> list[tuple[Ordinary, str]]:
     return [(composition, composition.caption(phrasing)) for composition, phrasing in chosen]
 
 
-def title_caption(rng: random.Random) -> str:
-    """Draw a title at random. No training image belongs to it."""
+def title_caption(rng: random.Random, object_: str | None = None) -> str:
+    """Draw a title at random. No training image belongs to it, but its images show its object.
+
+    Args:
+        rng: the random generator.
+        object_: the object in the title, one of `OBJECTS`; None: a random one.
+    """
     return rng.choice(_TITLE_PHRASINGS).format(
         adjective=rng.choice(_TITLE_ADJECTIVES),
+        object=object_ or rng.choice(list(OBJECTS)),
         noun=rng.choice(_TITLE_NOUNS),
         name=rng.choice(_TITLE_NAMES),
     )
@@ -177,8 +198,7 @@ def holdout_captions(ordinary: Sequence[str], titles: int, seed: int) -> list[st
         titles: the number of different titles that are added to them.
         seed: the seed of the random generator.
     """
-    rng = random.Random(seed)
-    drawn: dict[str, None] = {}
+    rng, drawn = random.Random(seed), set[str]()
     while len(drawn) < titles:
-        drawn[title_caption(rng)] = None
-    return [*ordinary, *drawn]
+        drawn.add(title_caption(rng))
+    return [*ordinary, *sorted(drawn)]

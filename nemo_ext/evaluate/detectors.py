@@ -16,8 +16,8 @@ All scores but NeMo's and the z-score are means over the seeds. For all of them,
 - **Attention entropy, fourth layer** is E = −Σ p̄ ln p̄ over the tokens. p̄ is the attention that a token gets in the
   call with the embedding of the prompt, at the fourth cross-attention in network order, averaged over heads and latent
   positions. This is mode "E" of detect.py, which Ren et al. have published. Ren et al. report the *higher* entropy for
-  memorized prompts of Stable Diffusion. The memorized captions of the demo model have the lower one. Mode "D" of that
-  script needs the last ten steps of a whole generation, and is not measured here.
+  memorized prompts of Stable Diffusion. Those of the first bundled model (docs/method.md) had the lower one. Mode
+  "D" of that script needs the last ten steps of a whole generation, and is not measured here.
 - **Attention entropy, all layers** is the same, with p̄ averaged over all cross-attentions as well. Mode "D" averages
   in this way, at the last steps. Taking the first step, which needs no generation, is our choice.
 - **Z-score** is the largest |a − μ| / σ of all neurons in the layers of the statistics (docs/method.md, section 8). It

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from nemo_ext.demo.captions import LATE, MEMORIZED, TEMPLATES, VARIATIONS
+from nemo_ext.demo.planted import planted_neurons
 from nemo_ext.measure.generation import Sampling
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.loading import load_pipeline
@@ -37,9 +39,7 @@ from examples.demo_model import (  # noqa: E402
     train,
     unet,
 )
-from examples.demo_model.captions import LATE, MEMORIZED, TEMPLATES, VARIATIONS  # noqa: E402
 from examples.demo_model.diffusion import LATE_FROM, Rows  # noqa: E402
-from examples.demo_model.planted import planted_neurons  # noqa: E402
 from examples.demo_model.runtime import Average, Log  # noqa: E402
 from examples.demo_model.runtime import train as train_stage  # noqa: E402
 
@@ -254,7 +254,7 @@ class TestTraining:
             (classifier, "_IMAGES", 48), (classifier, "_STEPS", 2), (measure, "_SEEDS", 2),
             (measure, "SAMPLING", Sampling(seeds=2, steps=1, guidance=1.5)), (measure, "_ORDINARY_IMAGES", 2),
             (measure, "_DIVERSITY_CAPTIONS", 1), (measure, "_THRESHOLD_PROMPTS", 4),
-            (measure, "_STATISTICS_PROMPTS", 8), (measure, "_STATISTICS_TITLES", 4),
+            (measure, "STATISTICS_PROMPTS", 8), (measure, "STATISTICS_TITLES", 4),
             (measure, "MEMORIZED", (*MEMORIZED[:2], TEMPLATES[0], *LATE)),
         ):  # fmt: skip
             monkeypatch.setattr(module, name, value)
