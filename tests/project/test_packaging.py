@@ -464,7 +464,9 @@ def test_a_source_distribution_is_complete_and_installs_without_a_cuda_toolkit(t
     assert (site / "nemo_ext" / "py.typed").exists()
     # How the bundled model was made stays in the sources.
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} <= {"nemo_ext", "bin"}
-    assert {path.name for path in (site / "nemo_ext" / "demo").glob("*.py")} == {"__init__.py", "captions.py", "run.py"}
+    of_demo = {"__init__.py", "captions.py", "planted.py", "run.py"}
+    assert {path.name for path in (site / "nemo_ext" / "demo").glob("*.py")} == of_demo
+    assert (site / "nemo_ext" / "demo" / "model" / "carriers.json").exists()
 
 
 def test_info_asks_the_driver_itself_which_cuda_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
