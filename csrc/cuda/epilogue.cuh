@@ -70,12 +70,19 @@ class Epilogue {
   }
 
   // Writes mean and m2 of this row of warps for `merge`, which knows from the number of a partial how many
-  // prompts it covers.
+  // prompts it covers, and whether one of them is NaN.
   NEMO_EXT_DEVICE void write_partials() const {
+    int refused = 0;
     for_each_partial([&](int index, int64_t place) {
+      const float m2 = load_shared<float>(address(Tile::kM2s, index));
+      refused |= m2 != m2;
       store_global(p_.partial_mean + place, load_shared<float>(address(Tile::kMeans, index)));
-      store_global(p_.partial_m2 + place, load_shared<float>(address(Tile::kM2s, index)));
+      store_global(p_.partial_m2 + place, m2);
     });
+    refused = or_over_lanes(refused);
+    const int columns = ceil_divide(static_cast<int>(p_.out_features), Tile::kWarpNeurons);
+    const int column = warp_.neuron / Tile::kWarpNeurons;
+    if (warp_.lane == 0 && column < columns) store_global(p_.refused + partial() * columns + column, refused);
   }
 
   // Goes on where the launch before has written its partials.
@@ -115,14 +122,16 @@ class Epilogue {
   // The distance from one token of the lane to its next there.
   NEMO_EXT_DEVICE int64_t token_stride() const { return Values::kTokenStride * p_.out_features; }
 
+  // The partial of this row of warps.
+  NEMO_EXT_DEVICE int partial() const { return block_index_y() * Tile::kWarpRows + warp_.row; }
+
   // Calls function(index, place) for this lane's neurons of the warp, with the place of their partial.
   template <typename Function>
   NEMO_EXT_DEVICE void for_each_partial(const Function& function) const {
-    const int64_t partial = block_index_y() * Tile::kWarpRows + warp_.row;
-    if (partial >= p_.batch) return;
+    if (partial() >= p_.batch) return;
     for (int index = warp_.lane; index < Tile::kWarpNeurons; index += kWarpSize) {
       const int neuron = warp_.neuron + index;
-      if (neuron < p_.out_features) function(index, partial * p_.out_features + neuron);
+      if (neuron < p_.out_features) function(index, partial() * p_.out_features + neuron);
     }
   }
 
@@ -287,9 +296,9 @@ class Epilogue {
   }
 
   // Welford's update. In round r, this row of warps has finished r prompts before, and `first_round` in
-  // launches before.
+  // launches before. An activation that cannot enter the statistics makes mean and m2 NaN, which they stay.
   NEMO_EXT_DEVICE void add_to_moments(int index, float activation, int round) const {
-    if (!enters_statistics(activation)) atomic_or_global(p_.refused, 1);
+    if (!enters_statistics(activation)) activation = as_float(0x7fc00000);
     const uint32_t mean = address(Tile::kMeans, index), m2 = address(Tile::kM2s, index);
     Moments<float> moments;
     const int64_t before = p_.first_round + round;

@@ -14,7 +14,8 @@ namespace nemo_ext::cuda {
 constexpr int kMergeNeurons = 32;
 constexpr int kMergeParts = 8;
 constexpr int kMergeThreads = kMergeParts * kMergeNeurons;
-constexpr int kMergeSharedBytes = kMergeThreads * int(sizeof(Moments<float>));
+constexpr int kMergeFlags = kMergeThreads * int(sizeof(Moments<float>));  // one for each warp follows
+constexpr int kMergeSharedBytes = kMergeFlags + kMergeParts * int(sizeof(int));
 
 // How many prompts are in a partial: prompts `partial`, `partial + partials`, …
 NEMO_EXT_DEVICE int64_t prompts_of_partial(const Merge& m, int64_t partial) {
@@ -35,10 +36,21 @@ merge(const Merge m) {
     }
     store_shared(thread_index() * int(sizeof(Moments<float>)), moments);
   }
+  int refused = 0;
+  for (int64_t warp = thread_index(); warp < m.warps; warp += kMergeThreads) {
+    refused |= load_global(m.refused + warp);
+  }
+  static_assert(kMergeNeurons == kWarpSize);
+  refused = or_over_lanes(refused);
+  if (thread_index() % kWarpSize == 0) {
+    store_shared(kMergeFlags + thread_index() / kWarpSize * int(sizeof(int)), refused);
+  }
   sync_threads();
   // A prompt without a token, or an activation that is not finite or too large, leaves all running statistics
   // as they were.
-  if (load_global(m.refused)) return;
+  for (int part = 0; part < kMergeParts; ++part) {
+    if (load_shared<int>(kMergeFlags + part * int(sizeof(int)))) return;
+  }
   const double count_before = load_global(m.count_before);
   if (thread_index() < kMergeNeurons && neuron < m.out_features) {
     Moments<double> running{count_before, load_global(m.mean + neuron), load_global(m.m2 + neuron)};

@@ -17,10 +17,12 @@ struct Projection : nemo_ext::Projection {
   // before the call, which is why `project` copies it to `count_before`.
   const double* count = nullptr;
   double* count_before = nullptr;  // []
-  int* refused = nullptr;  // [], the launch code clears it; 1 if an activation cannot enter the statistics
-  // [Plan::partials, out_features], Welford's mean and m2 over the prompts of one row of warps.
+  // [Plan::partials, out_features], Welford's mean and m2 over the prompts of one row of warps. Both are NaN
+  // if an activation cannot enter the statistics.
   float* partial_mean = nullptr;
   float* partial_m2 = nullptr;
+  // [Plan::partials, Plan::columns], whether some partial of a warp is NaN: every warp writes its own.
+  int* refused = nullptr;
   // [batch, tokens, out_features], hidden weightᵀ, if a library has computed it. The call is then divided
   // into several launches, and `first_round` is how many prompts each row of warps has finished in those
   // before.
@@ -35,7 +37,8 @@ struct Merge {
   int64_t batch, out_features, partials;
   const float* partial_mean;
   const float* partial_m2;
-  const int* refused;
+  int64_t warps;       // Plan::partials · Plan::columns
+  const int* refused;  // [warps]
   const double* count_before;
   double* count;
   double* mean;
@@ -177,6 +180,7 @@ struct Plan {
   int64_t grid_x;
   int64_t grid_y;    // 0 if there is nothing to compute
   int64_t partials;  // grid_y · kWarpRows: rows of warps in the grid
+  int64_t columns;   // the columns of warps that have a neuron
   int64_t prompts;   // of one launch: all, but for Loaded
   int64_t cost;      // clocks of the busiest multiprocessor for all of its work
 };
@@ -193,7 +197,8 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
     // Without any neuron there is still one block, because the running count must grow.
     const int64_t grid_x = p.out_features > 0 ? ceil_divide(p.out_features, Tile::kNeurons) : 1;
     const int64_t most = ceil_divide(units, Tile::kWarpRows);
-    Plan best{shape, grid_x, 0, 0, p.batch, 0};
+    const int64_t columns = ceil_divide(p.out_features, Tile::kWarpNeurons);
+    Plan best{shape, grid_x, 0, 0, columns, p.batch, 0};
     const int64_t resident = resident_blocks<Tile>(gpu);
     constexpr Clocks kClocks = clocks_of(Tile{});
     constexpr int64_t kWait = kClocks.wait * 64 / Tile::kStepBytes;  // a step of more bytes waits no longer
@@ -210,7 +215,7 @@ inline Plan plan_of_shape(const Projection& p, Shape shape, const Gpu& gpu) {
       // a block that goes on loads ahead, a new one begins with an empty pipeline.
       const bool is_better = cost < best.cost || (cost == best.cost && busiest <= resident);
       if (best.grid_y == 0 || is_better) {
-        best = {shape, grid_x, grid_y, grid_y * Tile::kWarpRows, p.batch, cost};
+        best = {shape, grid_x, grid_y, grid_y * Tile::kWarpRows, columns, p.batch, cost};
       }
     }
     return best;
@@ -226,7 +231,8 @@ constexpr int64_t kProductBytes = int64_t(256) << 20;
 inline Plan plan_of_library(const Projection& p, const Gpu& gpu, int64_t product_bytes = kProductBytes) {
   using Tile = BlockTile<float, Shape::Loaded>;
   const int64_t grid_x = p.out_features > 0 ? ceil_divide(p.out_features, Tile::kNeurons) : 1;
-  if (p.batch == 0) return {Shape::Loaded, grid_x, 0, 0, 0, 0};
+  const int64_t columns = ceil_divide(p.out_features, Tile::kWarpNeurons);
+  if (p.batch == 0) return {Shape::Loaded, grid_x, 0, 0, columns, 0, 0};
   const int64_t prompt_bytes = p.tokens * p.out_features * 4;
   int64_t prompts = prompt_bytes > 0 ? product_bytes / prompt_bytes : p.batch;
   prompts = prompts < 1 ? 1 : prompts < p.batch ? prompts : p.batch;
@@ -238,7 +244,7 @@ inline Plan plan_of_library(const Projection& p, const Gpu& gpu, int64_t product
   prompts = prompts / partials * partials;
   const int64_t tiles = ceil_divide(p.tokens, Tile::kTileTokens);
   const int64_t grid_y = p.reduces_over_tokens() ? partials : at_most(prompts * tiles);
-  return {Shape::Loaded, grid_x, grid_y, grid_y, prompts, 0};
+  return {Shape::Loaded, grid_x, grid_y, grid_y, columns, prompts, 0};
 }
 
 // The launch for prompts [first, first + count) of a call, whose products are in `products`.

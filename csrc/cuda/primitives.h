@@ -89,9 +89,6 @@ NEMO_EXT_DEVICE void store_global(Vector<T, kCount>* target, Vector<T, kCount> v
                  : "memory");
   }
 }
-NEMO_EXT_DEVICE void atomic_or_global(int* target, int bits) {
-  atomicOr(target, bits);
-}
 
 NEMO_EXT_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char nemo_ext_shared_memory[];
@@ -227,6 +224,13 @@ NEMO_EXT_DEVICE float absolute(float value) {
 #endif
 
 namespace nemo_ext::cuda {
+
+// The bits that some lane of the warp has. All lanes must call it together.
+NEMO_EXT_DEVICE int or_over_lanes(int bits) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) bits |= shuffle_xor(bits, mask);
+  return bits;
+}
 
 // Keeps the compiler from moving loads and stores past this point.
 NEMO_EXT_DEVICE void keep_order() {

@@ -194,14 +194,15 @@ std::tuple<Tensor, Tensor> value_projection_stats(const Tensor& hidden, const Te
     const Tensor partials =
         torch::stable::new_empty(hidden, {2, layout.partials, sizes.out_features}, ScalarType::Float);
     const Tensor count_before = torch::stable::new_empty(hidden, {1}, ScalarType::Double);
-    const Tensor refused = torch::stable::new_empty(hidden, {1}, ScalarType::Int);
+    const int64_t warps = layout.partials * layout.columns;
+    const Tensor refused = torch::stable::new_empty(hidden, {warps}, ScalarType::Int);
     p.partial_mean = partials.mutable_data_ptr<float>();
     p.partial_m2 = p.partial_mean + layout.partials * sizes.out_features;
     p.count_before = count_before.mutable_data_ptr<double>();
     p.refused = refused.mutable_data_ptr<int>();
     compute(p, layout, route, device.stream());
-    launch(Merge{sizes.batch, sizes.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
-                 p.count_before, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
+    launch(Merge{sizes.batch, sizes.out_features, layout.partials, p.partial_mean, p.partial_m2, warps,
+                 p.refused, p.count_before, count.mutable_data_ptr<double>(), mean.mutable_data_ptr<double>(),
                  m2.mutable_data_ptr<double>()},
            device.stream());
   }

@@ -51,10 +51,6 @@ Gpu select_device(int device) {
 }
 
 void launch(const Projection& projection, const Plan& plan, void* stream) {
-  if (projection.count_before && projection.first_round == 0) {
-    check(cudaMemsetAsync(projection.refused, 0, sizeof(int), static_cast<cudaStream_t>(stream)),
-          "clear its workspace");
-  }
   with_block_tile(projection.element, plan.shape, [&](auto tile) {
     using T = decltype(tile);
     // A kernel must ask for more than 48 KiB of shared memory, on every device anew.

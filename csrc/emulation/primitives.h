@@ -69,10 +69,6 @@ NEMO_EXT_DEVICE void store_global(T* target, T value, Where where = Where::curre
   emulation::check_global("store_global", target, sizeof(T), alignof(T), true, where);
   copy_value<T>(target, &value);
 }
-NEMO_EXT_DEVICE void atomic_or_global(int* target, int bits, Where where = Where::current()) {
-  emulation::check_global("atomic_or_global", target, sizeof(int), sizeof(int), true, where);
-  __atomic_fetch_or(target, bits, __ATOMIC_RELAXED);
-}
 
 template <typename T>
 NEMO_EXT_DEVICE T load_shared(uint32_t offset, Where where = Where::current()) {

@@ -23,7 +23,7 @@ Range strided(const char* name, const void* data, const int64_t* sizes, const in
           false, name};
 }
 
-std::vector<Range> ranges_of(const cuda::Projection& p, int64_t partials) {
+std::vector<Range> ranges_of(const cuda::Projection& p, const Plan& plan) {
   const size_t element_bytes = p.element == Element::Float32 ? 4 : 2;
   const int64_t hidden_sizes[] = {p.batch, p.tokens, p.in_features};
   const int64_t weight_sizes[] = {p.out_features, p.in_features};
@@ -46,10 +46,10 @@ std::vector<Range> ranges_of(const cuda::Projection& p, int64_t partials) {
   add("scale_gradient", p.scale_gradient, p.batch * per_neuron, true);
   add("count", p.count, sizeof(double), false);
   add("count_before", p.count_before, sizeof(double), true);
-  add("refused", p.refused, sizeof(int), true);
+  add("refused", p.refused, plan.partials * plan.columns * sizeof(int), true);
   add("products", p.products, p.batch * p.tokens * p.out_features * sizeof(float), false);
-  add("partial_mean", p.partial_mean, partials * per_neuron, true);
-  add("partial_m2", p.partial_m2, partials * per_neuron, true);
+  add("partial_mean", p.partial_mean, plan.partials * per_neuron, true);
+  add("partial_m2", p.partial_m2, plan.partials * per_neuron, true);
   return ranges;
 }
 
@@ -57,7 +57,7 @@ std::vector<Range> ranges_of(const Merge& m) {
   const size_t neurons = m.out_features;
   return {{m.partial_mean, m.partials * neurons * sizeof(float), false, "partial_mean"},
           {m.partial_m2, m.partials * neurons * sizeof(float), false, "partial_m2"},
-          {m.refused, sizeof(int), false, "refused"},
+          {m.refused, m.warps * sizeof(int), false, "refused"},
           {m.count_before, sizeof(double), false, "count_before"},
           {m.count, sizeof(double), true, "count"},
           {m.mean, neurons * sizeof(double), true, "mean"},
@@ -72,7 +72,7 @@ void launch(const cuda::Projection& projection, const Plan& plan, const Executio
          .threads = T::kThreads,
          .shared_bytes = T::kSharedBytes,
          .execution = execution},
-        ranges_of(projection, plan.partials), [&] { kernel_of<T>()(projection); });
+        ranges_of(projection, plan), [&] { kernel_of<T>()(projection); });
   });
 }
 
@@ -109,14 +109,15 @@ void project(const nemo_ext::Projection& projection, const std::optional<Product
   }
   std::vector<float> partials(2 * layout.partials * p.out_features, std::numeric_limits<float>::quiet_NaN());
   double count_before = std::numeric_limits<double>::quiet_NaN();
-  int refused = 0;
+  std::vector<int> refused(layout.partials * layout.columns, -1);
   p.partial_mean = partials.data();
   p.partial_m2 = p.partial_mean + layout.partials * p.out_features;
   p.count_before = &count_before;
-  p.refused = &refused;
+  p.refused = refused.data();
   launch_all();
-  launch(Merge{p.batch, p.out_features, layout.partials, p.partial_mean, p.partial_m2, p.refused,
-               p.count_before, running.count, running.mean, running.m2},
+  launch(Merge{p.batch, p.out_features, layout.partials, p.partial_mean, p.partial_m2,
+               static_cast<int64_t>(refused.size()), p.refused, p.count_before, running.count, running.mean,
+               running.m2},
          execution);
 }
 

@@ -181,6 +181,10 @@ def test_shuffle_xor_exchanges_between_lanes(order):
     np.testing.assert_array_equal(self_test("shuffle_xor", masks, 32, order=order), lanes ^ masks)
 
 
+def test_or_over_lanes_gives_every_lane_the_bits_of_its_warp():
+    assert (self_test("or_over_lanes", [0], 64) == np.repeat([0xFFFFFFFF, 0], 32)).all()
+
+
 # --- Number formats
 
 
@@ -270,7 +274,6 @@ MISUSES = {
     "load_misaligned": "load_global by thread 1 .*16 bytes at byte 4 of input, .*: not aligned to 16",
     "store_beyond_output": "store_global by thread 0 .* at byte 256 of output, .*: out of range",
     "store_to_input": "store_global by thread 0 .* at byte 0 of input, .*: read-only",
-    "atomic_or_to_input": "atomic_or_global by thread 0 .*: read-only",
     "load_shared_beyond_the_end": "load_shared by thread 63 .* at byte 256 of shared memory, .*: out of range",
     "load_shared_misaligned": "load_shared by thread 1 .* at byte 4 of shared memory, .*: not aligned to 16",
     "store_shared_beyond_the_end": "store_shared by thread 0 .* at byte 4294967292 of shared memory, .*: out of range",
@@ -301,12 +304,12 @@ def test_an_access_that_starts_inside_a_buffer_must_end_inside_it():
 def test_an_error_leaves_the_emulation_fit_for_the_next_launch():
     with pytest.raises(RuntimeError):
         self_test("barrier_that_one_thread_leaves_out", [0], 1)
-    assert (self_test("atomic_or", [0], 1) == 0xFFFFFFFF).all()
+    assert (self_test("neighbours_with_barrier", [0], 64) == (np.arange(64) + 1) % 64).all()
 
 
 def test_a_launch_that_no_gpu_accepts_is_an_error():
     with pytest.raises(RuntimeError, match="grid_x must be 1 to 2147483647, got 0"):
-        self_test("atomic_or", [0], 1, blocks=0)
+        self_test("neighbours_with_barrier", [0], 64, blocks=0)
 
 
 def test_fibers_of_the_c_library_do_the_same():
@@ -344,11 +347,10 @@ def test_thread_sanitizer_sees_a_race(name):
     assert "self_tests.cpp" in report
 
 
-def test_thread_sanitizer_takes_barriers_atomics_and_launches_for_order():
+def test_thread_sanitizer_takes_barriers_and_launches_for_order():
     jobs = [
         self_test_job("neighbours_with_barrier", [0]),
         self_test_job("neighbours_with_warp_barrier", [0]),
-        self_test_job("atomic_or", [0], blocks=4),
         self_test_job("shared_memory_at_the_start", [0], blocks=2),
     ]
     jobs += [jobs[0]] * 2  # launches that write to the same memory
@@ -573,6 +575,23 @@ def test_an_activation_whose_square_could_overflow_leaves_the_running_statistics
     running = {name: buffer + 3 for name, buffer in op_cases.running_buffers(24).items()}
     job = project({"hidden": hidden, "weight": weight}, running=running)
     np.testing.assert_allclose(job["activation"][:, 7], size, rtol=1e-6)
+    for name, buffer in running.items():
+        assert (torch.from_numpy(job[name]) == buffer).all()
+
+
+@pytest.mark.parametrize("prompt", [0, 19])
+@pytest.mark.parametrize("neuron", [0, 329])
+@pytest.mark.parametrize("shape", ["wide", "medium", "narrow", "strided"])
+def test_one_prompt_and_neuron_of_many_warps_are_enough_to_leave_the_running_statistics(shape, neuron, prompt):
+    hidden, weight = torch.zeros(20, 4, 16), torch.randn(330, 16)
+    weight[:, 0], weight[neuron, 0] = 0, 2.0**60
+    hidden[prompt, :, 0] = 1
+    hidden[..., 1:] = torch.randn(4, 15)
+    running = {name: buffer + 3 for name, buffer in op_cases.running_buffers(330).items()}
+    job = project({"hidden": hidden.bfloat16(), "weight": weight.bfloat16()}, running=running, shape=shape)
+    large = np.zeros((20, 330), bool)
+    large[prompt, neuron] = True
+    np.testing.assert_array_equal(job["activation"] >= 2.0**50, large)
     for name, buffer in running.items():
         assert (torch.from_numpy(job[name]) == buffer).all()
 
