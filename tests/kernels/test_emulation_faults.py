@@ -100,8 +100,8 @@ FAULTS = {
     "a barrier that only some threads reach": (
         "check",
         MERGE,
-        "moments);\n  }\n  sync_threads();",
-        "moments);\n    sync_threads();\n  }",
+        "  sync_threads();\n  // A prompt",
+        "  if (neuron < m.out_features) sync_threads();\n  // A prompt",
     ),
     "the running count read where it is written": (
         "numbers forward",
