@@ -7,21 +7,31 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.search.outcome import Outcome, Refinement, Step, Task, just_below, without
 from nemo_ext.search.probe import Probe
-from nemo_ext.search.selection import select_candidates
+from nemo_ext.search.selection import Selected, select_candidates
 
 
 def search_grouped(task: Task) -> Outcome:
     """Select candidates as the exhaustive search does, and refine them in groups.
+
+    Both look at watched seeds, as in `refine_grouped`. If another seed is above τ, it is watched as well, and both are
+    repeated. So the candidates are measured on all kept seeds only if τ has to be raised.
 
     Args:
         task: the prompt to search. If the first candidates are not enough and the floor is above its τ, or the initial
             selection does not reach τ, the search continues with a raised τ and adds a note.
     """
     probe, bars = task.probe, task.bars
-    selected = select_candidates(task, floor_first=False)
-    selection = selected.selection
-    with bars.task("refinement") as advance:
-        refinement = refine_grouped(selection.candidates, probe, selection.threshold, on_trial=lambda: advance(1))
+    selected: Selected
+
+    def find(watched: Collection[int]) -> tuple[NeuronSet, float]:
+        nonlocal selected
+        selected = select_candidates(task, floor_first=False, seeds=watched)
+        selection = selected.selection
+        with bars.task("refinement") as advance:
+            needed = _needed(selection.candidates, probe, selection.threshold, watched, lambda: advance(1))
+        return needed, selection.threshold
+
+    refinement = _accepted_by_all_seeds(find, probe)
     return selected.outcome(refinement)
 
 
@@ -53,9 +63,21 @@ def refine_grouped(
     Returns:
         The candidates that stay off, with the remaining memorization over all kept seeds.
     """
+    return _accepted_by_all_seeds(
+        lambda watched: (_needed(candidates, probe, threshold, watched, on_trial), threshold), probe
+    )
+
+
+def _accepted_by_all_seeds(find: Callable[[Collection[int]], tuple[NeuronSet, float]], probe: Probe) -> Refinement:
+    """Find a set that is enough for watched seeds, and watch more of them until it is enough for all kept seeds.
+
+    Args:
+        find: finds a set that is enough for some seeds, and returns it with its τ.
+        probe: measures the remaining memorization.
+    """
     watched = list(probe.likeliest())
     while True:
-        neurons = _needed(candidates, probe, threshold, watched, on_trial)
+        neurons, threshold = find(watched)
         remaining = probe.remaining(neurons, stop_above=threshold)
         objecting = [seed for seed in probe.hardest(neurons) if seed not in watched]
         if remaining <= threshold or not objecting:

@@ -1,6 +1,6 @@
 """The initial selection: neurons with an unusually high activation on a prompt (docs/method.md, section 8)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,6 +78,7 @@ def initial_selection(
     protocol: Protocol,
     raise_threshold: Callable[[], float] | None = None,
     on_trial: Callable[[], None] | None = None,
+    seeds: Collection[int] | None = None,
 ) -> Selection:
     """Lower θ and raise k until the remaining memorization is at most τ (docs/method.md, section 8).
 
@@ -95,6 +96,8 @@ def initial_selection(
         raise_threshold: a function that is called once, after the first trial above τ, and returns the τ to continue
             with; None: τ stays.
         on_trial: a function that is called after every trial.
+        seeds: the kept seeds that decide whether candidates are enough; None: all of them. The remaining memorization
+            that becomes τ is always that of all kept seeds.
 
     Returns:
         The candidates, and the τ for their refinement.
@@ -115,8 +118,9 @@ def initial_selection(
         # The published code checks the limits after the step, so it never tries the last θ.
         at_theta, at_top_k = (theta, top_k) if protocol.tries_last_theta else (next_theta, next_top_k)
         last = at_theta <= protocol.last_theta or at_top_k >= widest
+        off = NeuronSet(chosen)
         # The last trial needs the exact remaining memorization, because it may become τ.
-        remaining = probe.remaining(NeuronSet(chosen), stop_above=None if last else threshold)
+        remaining = probe.remaining(off) if last else probe.remaining(off, stop_above=threshold, seeds=seeds)
         if on_trial is not None:
             on_trial()
         if remaining <= threshold:
@@ -156,13 +160,14 @@ class Selected(NamedTuple):
         )
 
 
-def select_candidates(task: Task, *, floor_first: bool) -> Selected:
+def select_candidates(task: Task, *, floor_first: bool, seeds: Collection[int] | None = None) -> Selected:
     """The initial selection of a task, with τ raised if it cannot be reached (docs/method.md, sections 7 and 8).
 
     Args:
         task: the prompt to search.
         floor_first: whether the floor is measured before the first trial, or only if the first trial is above τ. The
             candidates are the same. It is not measured at all if the protocol says so.
+        seeds: as for `initial_selection`.
     """
     probe, protocol = task.probe, task.protocol
     floor: float | None = None
@@ -187,6 +192,7 @@ def select_candidates(task: Task, *, floor_first: bool) -> Selected:
             protocol=protocol,
             raise_threshold=raised_by_floor if protocol.measures_floor and not floor_first else None,
             on_trial=lambda: advance(1),
+            seeds=seeds,
         )
     reachable = threshold if floor is None or floor <= task.threshold else floor + protocol.raise_margin
     if selection.threshold != reachable:

@@ -1,13 +1,14 @@
-"""The grouped refinement: the decisions of the exhaustive one, for groups of candidates at once."""
+"""The grouped search: the decisions of the exhaustive one, for groups of candidates at once, by one seed first."""
 
 import random
 
 import pytest
 from fake_probe import LAYERS, FakeProbe, SeedsProbe, additive, random_candidates, random_score
+from fake_task import fake_task
 
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.search.exhaustive import refine_exhaustive
-from nemo_ext.search.grouped import refine_grouped
+from nemo_ext.search.exhaustive import refine_exhaustive, search_exhaustive
+from nemo_ext.search.grouped import refine_grouped, search_grouped
 
 DOWN, _, MID, _ = LAYERS
 
@@ -68,3 +69,31 @@ class TestRefinement:
         candidates = {MID: [2, 3]}
         refine_grouped(candidates, FakeProbe(lambda neurons: 0.0), 0.5)
         assert candidates == {MID: [2, 3]}
+
+
+class TestSearch:
+    @pytest.mark.parametrize("seed", range(40))
+    def test_of_seeds_with_monotone_scores_is_the_exhaustive_one(self, seed: int) -> None:
+        """The same candidates, τ and neurons, where τ is reached and where it is raised, although seeds differ."""
+        rng = random.Random(seed)
+        activation = {layer: [rng.uniform(0, 6) for _ in range(9)] for layer in LAYERS}
+        scores = [random_score(rng, "monotone") for _ in range(3)]
+        everything = NeuronSet({layer: range(9) for layer in LAYERS})
+        threshold = max(score(everything) for score in scores) + rng.choice((-0.1, 0.01, 0.2, 0.5))
+        expected = search_exhaustive(fake_task(SeedsProbe(scores), activation, threshold))
+        found = search_grouped(fake_task(SeedsProbe(scores), activation, threshold))
+        for name in ("neurons", "initial_neurons", "theta", "top_k", "threshold_used", "score_after"):
+            assert getattr(found, name) == getattr(expected, name), name
+
+    def test_measures_its_candidates_on_one_seed_and_its_set_on_all(self) -> None:
+        probe = SeedsProbe([additive({(DOWN, 1): 0.8})] * 10)
+        found = search_grouped(fake_task(probe, {DOWN: [6.0, 9.0, 7.0]}, 0.5))
+        seeds = {neurons: sum(asked == neurons for asked, _ in probe.trials) for neurons, _ in probe.trials}
+        assert found.neurons == NeuronSet({DOWN: [1]})
+        assert (seeds[found.initial_neurons], seeds[found.neurons]) == (1, 10)
+
+    def test_candidates_that_are_not_enough_for_another_seed_become_more(self) -> None:
+        probe = SeedsProbe([additive({(DOWN, 0): 0.8}), additive({(MID, 1): 0.8})])
+        found = search_grouped(fake_task(probe, {DOWN: [6.0, 0.0], MID: [0.0, 4.0]}, 0.5))
+        assert found.neurons == found.initial_neurons == NeuronSet({DOWN: [0], MID: [1]})
+        assert found.threshold_used == 0.5

@@ -6,28 +6,16 @@ import random
 import pytest
 import torch
 from fake_probe import FakeProbe, Score
-from torch import Tensor
+from fake_task import STATISTICS, fake_task
 
 from nemo_ext.errors import NemoError
 from nemo_ext.measure.protocol import Protocol
-from nemo_ext.measure.statistics import ActivationStatistics
 from nemo_ext.neurons import NeuronSet
-from nemo_ext.progress import Progress
 from nemo_ext.search.outcome import Task
 from nemo_ext.search.selection import candidates, initial_selection, select_candidates
 
 PAPER = Protocol.paper()
 PUBLISHED = Protocol.published_code()
-
-
-class UnitStatistics(ActivationStatistics):
-    """μ = 0 and σ = 1, so that a prompt's activations are its z-scores."""
-
-    def z_scores(self, activation: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {layer: values.double() for layer, values in activation.items()}
-
-
-STATISTICS = UnitStatistics({})
 
 
 ACTIVATION = {"a": torch.tensor([5.0, 1.0, 9.0, 7.0])}
@@ -162,9 +150,7 @@ class TestFloor:
     @staticmethod
     def task(score: Score, threshold: float, protocol: Protocol = PAPER) -> tuple[Task, FakeProbe]:
         probe = FakeProbe(score)
-        activations = {"a": torch.tensor([9.0, *[0.0] * 63])}
-        bars = Progress(enabled=False)
-        return Task(probe, lambda: activations, STATISTICS, {"a": 64}, threshold, protocol, bars), probe
+        return fake_task(probe, {"a": [9.0, *[0.0] * 63]}, threshold, protocol), probe
 
     @pytest.mark.parametrize(("floor_first", "asked"), [(True, [64, 1]), (False, [1])])
     def test_is_not_needed_where_the_first_candidates_are_enough(self, floor_first: bool, asked: list[int]) -> None:
