@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from fake_probe import FakeProbe, Score
+from fake_probe import FakeProbe, Score, SeedsProbe
 from fake_task import STATISTICS, fake_task
 
 from nemo_ext.errors import NemoError
@@ -77,6 +77,12 @@ class TestTheSearch:
         assert len(probe.asked) == 16
         assert (selection.theta, selection.top_k) == (1.25, 15)
         assert selection.threshold == 0.7
+
+    def test_the_threshold_is_raised_for_all_seeds_although_one_decides_on_candidates(self) -> None:
+        probe = SeedsProbe([lambda neurons: 0.7, lambda neurons: 0.8])
+        activation = {"a": torch.zeros(64)}
+        selection = initial_selection(activation, STATISTICS, probe, 0.4, protocol=PUBLISHED, seeds=(0,))
+        assert selection.threshold == 0.8
 
     @pytest.mark.parametrize(("protocol", "last_k"), [(PAPER, 5), (PUBLISHED, 4)])
     def test_ends_when_k_is_the_widest_layer(self, protocol: Protocol, last_k: int) -> None:
