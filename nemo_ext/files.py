@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +23,24 @@ if TYPE_CHECKING:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file atomically: the block writes a temporary file, which then replaces `path`.
 
-    If the block raises an exception, `path` stays unchanged and the temporary file is deleted.
+    If the block raises an exception, `path` stays unchanged and the temporary file is deleted. The file has the
+    permissions of any new file, whatever the library that writes it does: safetensors makes files that only their owner
+    can read.
 
     Args:
         path: the file; its folder is created if it is missing.
 
     Yields:
-        The path of the temporary file, in the same folder as `path`.
+        The path of the temporary file, which is empty, in the same folder as `path`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        permissions = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(permissions)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
