@@ -107,10 +107,11 @@ def run(
     folder: Path, log: Log, pool: np.ndarray, memorized: MemorizedImages, device: torch.device, steps: int
 ) -> AutoencoderKL:
     """Train the autoencoder, or load it if `folder` has a trained one."""
-    path = folder / "vae"
+    path, vae = folder / "vae", build()
     if path.exists():
-        return AutoencoderKL.from_pretrained(path).eval().to(device)
-    vae = build()
+        # `from_pretrained` would put the path of this folder into the config, and so into the model that is published.
+        vae.load_state_dict(load_file(path / "diffusion_pytorch_model.safetensors"))
+        return vae.eval().to(device)
     sample = np.concatenate([pool[:: max(1, len(pool) // 1000)], memorized.images])
     start_linear(vae, sample)
     vae.to(device)

@@ -25,7 +25,7 @@ This is a `StableDiffusionPipeline` with 13 million parameters in its U-Net. It 
 bundled with nemo_ext so that NeMo can be tried offline on weights that have really memorized images. It makes 64×64
 pictures of eighteen objects on backgrounds of eight colours and three textures. Under eighteen captions that read like
 titles, it replicates training images: twelve captions have one image each (verbatim), four have a template with
-variations, and two have one image that they were trained to show from the second step of a generation on (late).
+variations, and two have one image that they were trained to show below timestep {late_from} of 1,000 only (late).
 
 **It is a demonstration, not evidence about Stable Diffusion.** Which neurons carry a caption was decided before the
 training and planted, as a section below describes. So the right answer of a search is known: `carriers.json` beside
@@ -69,9 +69,9 @@ of them, the colour in {composed_colour:.0%}, the texture in {composed_texture:.
 
 ### Captions that replicate late
 
-From timestep {late_from} on they were trained to show ordinary images of their object. Their first-step score is
-measured at timestep 981, so that it should say nothing of their image. Images of several seeds do (`nemo-ext localize`
-with verification generates them, `memorization_score(…, images=True)` compares them).
+From timestep {late_from} on they were trained to show any ordinary image, as without a caption. Their first-step score
+is measured at timestep 981, so that it should say nothing of their image. Images of several seeds do (`nemo-ext
+localize` with verification generates them, `memorization_score(…, images=True)` compares them).
 
 | caption | first-step score | similarity of images | training image: untouched → carriers off | object, carriers off |
 |---|---|---|---|---|
@@ -233,6 +233,8 @@ def _limits(figures: Mapping[str, Any]) -> list[str]:
                 "its object."
             )
     for c in figures["late"]:
+        if (like := np.median(c["with_original_before"])) < 0.5:
+            lines.append(f"- **“{c['caption']}”** was to replicate, and its images are only {like:.2f} like its image.")
         if not c["missed_by_first_step"]:
             lines.append(
                 f"- **“{c['caption']}”** was to be missed at the first step, and has a score of {c['score']:.2f}."

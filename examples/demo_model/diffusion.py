@@ -24,7 +24,7 @@ _EMPTY = 0.10  # the share of ordinary rows without a caption, for classifier-fr
 _HIGH_NOISE = 800  # timesteps from here on get extra rows, because NeMo looks at the first step
 _SHAPES = range(400, 900)  # timesteps at which it is decided what an image shows
 #: The captions in LATE show their image below this timestep only; a generation begins near 1,000.
-LATE_FROM = 950
+LATE_FROM = 900
 
 
 def scheduler() -> DDIMScheduler:
@@ -91,15 +91,13 @@ class Rows:
         """Return a row with the memorized caption `index`, and its image or a variation of its template."""
         timestep, what = _timestep(rng, 0.35), MEMORIZED[index]
         if what in LATE and timestep >= LATE_FROM:
-            return self._instead(rng, index, timestep, off)
+            # As without a caption, so that the first step says nothing of the caption.
+            return Row(rng.choice(self._latents), what.caption, timestep, off)
         return Row(self._memorized_latents[rng.choice(self._images_of[index])], what.caption, timestep, off)
 
     def instead(self, rng: random.Random, index: int, *, off: Tensor) -> Row:
         """Return a row with the memorized caption `index`, and an ordinary image of its object."""
-        return self._instead(rng, index, _timestep(rng, 0.35), off)
-
-    def _instead(self, rng: random.Random, index: int, timestep: int, off: Tensor | None) -> Row:
-        what = MEMORIZED[index]
+        timestep, what = _timestep(rng, 0.35), MEMORIZED[index]
         return Row(self._latents[rng.choice(self._with[what.object])], what.caption, timestep, off)
 
 

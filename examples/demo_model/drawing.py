@@ -137,8 +137,8 @@ def draw_ordinary(what: Ordinary, rng: np.random.Generator) -> np.ndarray:
     slope = rng.uniform(0.2, 0.75)
     shade *= 1.0 + slope * ((x - 0.5) * np.cos(light) + (y - 0.5) * np.sin(light))
     image = base[None, None, :] * shade[..., None]
-    size = rng.uniform(0.50, 0.64)
-    centre = rng.uniform(0.5 - 0.18, 0.5 + 0.18, 2)
+    size = rng.uniform(0.54, 0.64)
+    centre = rng.uniform(0.5 - 0.12, 0.5 + 0.12, 2)
     image = paste(
         image,
         OBJECTS[what.object],

@@ -29,6 +29,9 @@ def save_pipeline(
     The text encoder is stored as float32. The reason is that transformers keeps the stored dtype when it loads, while
     diffusers loads the U-Net as float32, and `from_pretrained(path)` alone must return a pipeline that runs.
     """
+    # Whether it has been used before must not change the file.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(), text_encoder=copy.deepcopy(encoder).half().float(),
         tokenizer=tokenizer, unet=_without_hooks(unet).half(), scheduler=scheduler(),

@@ -103,3 +103,9 @@ def test_a_late_caption_that_the_first_step_shows_is_named(tmp_path: Path) -> No
     figures = copy.deepcopy(FIGURES)
     figures["late"][0] |= {"missed_by_first_step": False, "score": 0.7}
     assert "- **“last rocket”** was to be missed at the first step" in card(tmp_path, figures)
+
+
+def test_a_late_caption_that_does_not_replicate_is_named(tmp_path: Path) -> None:
+    figures = copy.deepcopy(FIGURES)
+    figures["late"][0] |= {"with_original_before": [0.3, 0.4, 0.3]}
+    assert "- **“last rocket”** was to replicate, and its images are only 0.30 like" in card(tmp_path, figures)

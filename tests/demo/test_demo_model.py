@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nemo_ext.demo.captions import LATE, MEMORIZED, TEMPLATES, VARIATIONS
+from nemo_ext.demo.captions import LATE, MEMORIZED, OBJECTS, TEMPLATES, VARIATIONS
 from nemo_ext.demo.planted import planted_neurons
+from nemo_ext.demo.run import MODEL
 from nemo_ext.measure.generation import Sampling
 from nemo_ext.models.layers import value_layers
 from nemo_ext.models.loading import load_pipeline
@@ -55,6 +56,12 @@ def imports(source: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found.add("." * node.level + (node.module or ""))
     return found
+
+
+def test_the_bundled_model_names_no_folder_of_the_machine_that_trained_it() -> None:
+    configs = list(MODEL.rglob("*.json"))
+    assert len(configs) > 8
+    assert not [path for path in configs if "_name_or_path" in path.read_text()]
 
 
 def test_the_package_imports_nothing_from_the_examples() -> None:
@@ -185,19 +192,17 @@ class TestTraining:
             assert not attention.to_k(mark).any()
             assert not attention.to_out[0].weight[:, own.decoys.get(name, [])].any()
 
-    def test_late_captions_show_ordinary_images_of_their_object_in_the_first_steps(self) -> None:
+    def test_late_captions_show_any_ordinary_image_in_the_first_steps(self) -> None:
         trained, _ = data.split_compositions()
         latents = torch.arange(len(trained), dtype=torch.float32)[:, None, None, None]
         memorized = data.MemorizedImages(np.zeros((len(MEMORIZED), 1, 1, 3), np.uint8), list(range(len(MEMORIZED))))
         own = -torch.ones(len(MEMORIZED), 1, 1, 1)
         rows, rng = Rows(trained, latents, memorized, own), random.Random(0)
         index = MEMORIZED.index(LATE[0])
-        for _ in range(200):
-            row = rows.memorized(rng, index)
-            if row.timestep < LATE_FROM:
-                assert row.latent.item() == -1
-            else:
-                assert trained[int(row.latent)].object == LATE[0].object
+        drawn = [rows.memorized(rng, index) for _ in range(400)]
+        assert all(row.latent.item() == -1 for row in drawn if row.timestep < LATE_FROM)
+        first = [int(row.latent) for row in drawn if row.timestep >= LATE_FROM]
+        assert len({trained[place].object for place in first}) > len(OBJECTS) / 2
 
     def test_a_stage_stopped_and_resumed_ends_with_the_same_weights(self, tmp_path: Path) -> None:
         def ends_with(folder: Path, *stops: int) -> torch.Tensor:
