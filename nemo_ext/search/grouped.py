@@ -78,6 +78,11 @@ def _accepted_by_all_seeds(find: Callable[[Collection[int]], tuple[NeuronSet, fl
     watched = list(probe.likeliest())
     while True:
         neurons, threshold = find(watched)
+        # Where one seed objects, others often do, so one is asked before all of them.
+        other = probe.likeliest(besides=watched)
+        if other and probe.remaining(neurons, stop_above=threshold, seeds=other) > threshold:
+            watched += other
+            continue
         remaining = probe.remaining(neurons, stop_above=threshold)
         objecting = [seed for seed in probe.hardest(neurons) if seed not in watched]
         if remaining <= threshold or not objecting:

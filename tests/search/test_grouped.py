@@ -92,6 +92,12 @@ class TestSearch:
         assert found.neurons == NeuronSet({DOWN: [1]})
         assert (seeds[found.initial_neurons], seeds[found.neurons]) == (1, 10)
 
+    def test_a_set_that_all_other_seeds_reject_is_measured_on_one_of_them(self) -> None:
+        probe = SeedsProbe([additive({(DOWN, 0): 0.8}), *[additive({(MID, 1): 0.8})] * 9])
+        found = search_grouped(fake_task(probe, {DOWN: [6.0, 0.0], MID: [0.0, 6.0]}, 0.5))
+        assert found.neurons == NeuronSet({DOWN: [0], MID: [1]})
+        assert sum(asked == NeuronSet({DOWN: [0]}) for asked, _ in probe.trials) == 2
+
     def test_candidates_that_are_not_enough_for_another_seed_become_more(self) -> None:
         probe = SeedsProbe([additive({(DOWN, 0): 0.8}), additive({(MID, 1): 0.8})])
         found = search_grouped(fake_task(probe, {DOWN: [6.0, 0.0], MID: [0.0, 4.0]}, 0.5))
