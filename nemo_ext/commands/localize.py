@@ -43,7 +43,7 @@ neurons, and compared: if the image still comes back, the search goes on, and th
 This is the verification. It costs time, and --no-verify leaves it out.
 
 reads   --model       a diffusers folder
-        --prompts     a list of prompts; or --prompt TEXT for a single prompt
+        --prompts     a list of prompts; or --prompt TEXT for each prompt
         --statistics  the file that `nemo-ext stats` wrote for this model, or a .pt file of the published scripts
         --threshold   the file that `nemo-ext threshold` wrote for this model, or a number
 writes  --out DIR     DIR/results.jsonl, with one JSON object per prompt, and the neurons of each memorized
@@ -73,7 +73,13 @@ SHARED = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", type=visible_text, metavar="TEXT", help="a single prompt")
+    prompts.add_argument(
+        "--prompt",
+        type=visible_text,
+        action="append",
+        metavar="TEXT",
+        help="a prompt; give the option once for each of several",
+    )
     add_prompt_list(parser, "prompts", alternatives=prompts)
     add_path(parser, "--statistics", "the statistics of this model")
     parser.add_argument(
@@ -184,7 +190,7 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
         return read_prompt_selection(args)
     if args.limit is not None or args.shard is not None:
         raise NemoError("--limit and --shard choose prompts from a list: give one with --prompts")
-    return [Prompt(args.prompt, label=None, url=None, line=1)]
+    return [Prompt(text, label=None, url=None, line=line) for line, text in enumerate(args.prompt, start=1)]
 
 
 def _verification(args: argparse.Namespace, prompts: Sequence[str]) -> Verification:

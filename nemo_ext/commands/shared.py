@@ -364,7 +364,7 @@ def new_table(title: str, *columns: str) -> Table:
         table.add_column(
             column,
             justify="left" if column in _WORDS else "right",
-            no_wrap=column not in ("prompt", "value"),
+            no_wrap=column not in ("prompt", "value", "images"),
             overflow="fold",
         )
     return table

@@ -46,6 +46,8 @@ def write_published_results(path: str | os.PathLike[str], results: Iterable[tupl
 def initial_score(found: Localization) -> float | None:
     """The remaining memorization with the initial selection off; None if the set was not found by a selection.
 
+    The grouped search measures it on the seeds that it watches, and the exhaustive search on all kept seeds.
+
     It is the first trial with so many neurons off that is not above the τ of the search: every earlier selection is a
     smaller set, and every trial of the refinement, too.
     """

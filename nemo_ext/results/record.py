@@ -228,7 +228,8 @@ class Localization:
         model: `model_fingerprint` of the model that was searched.
         statistics: `ActivationStatistics.digest()` of the statistics.
         history: the trials of the search at the first step, in order: how many neurons were off, and the remaining
-            memorization. It can be a lower bound that is above the threshold of the trial.
+            memorization of the seeds that the trial looked at, which the grouped search does not ask all of. A trial
+            ends early if it is above its threshold, so that a value above it can be a lower bound.
         verification: the settings of the verification (`Verification.to_dict`); None: the images were not checked.
         verdict: what the images show; None if they were not checked.
         label: how the list of prompts labels this one, such as "VM" or "TM"; None if it does not. No measurement

@@ -31,6 +31,7 @@ class ImageRuns:
         sampling: how images are generated, with the guidance as a number (`Sampling.resolved`).
         similarity: how alike two images are.
         batch_size: the number of latents in one call of the denoiser.
+        threshold: τ_image. A seed's untouched image *replicates* if it is more alike to another seed's.
         originals: descriptions of the prompt's training images, [O, …]; None if they are not known. They are compared
             like images of the untouched model, and count for every seed.
 
@@ -48,12 +49,14 @@ class ImageRuns:
         similarity: ImageSimilarity,
         *,
         batch_size: int,
+        threshold: float,
         originals: Tensor | None = None,
     ) -> None:
         self.places = tuple(range(sampling.seeds))
         self.samples = 0
         self.generated = 0
         self.similarity = similarity
+        self._threshold = threshold
         self._pipe = pipe
         self._sampler = sampler_of(pipe)
         self._prompt = prompt
@@ -74,14 +77,16 @@ class ImageRuns:
 
     def before(self) -> tuple[float, ...]:
         """For each seed, the highest similarity of its untouched image with another seed's."""
-        return self._highest_with_others(NOTHING, NOTHING, self.places)
+        return self._highest_with_others(NOTHING, NOTHING, self.places, self.places)
 
     def remaining(self, neurons: NeuronSet, places: Sequence[int]) -> tuple[float, ...]:
         """For some seeds, the highest similarity of the image with another seed's untouched image, or an original.
 
-        The same seed's untouched image is left out, because the same initial noise makes any two images alike.
+        The same seed's untouched image is left out, because the same initial noise makes any two images alike. If only
+        some seeds replicate, the others' untouched images are left out, too: they do not show what is memorized.
         """
-        values = self._highest_with_others(neurons, NOTHING, places)
+        replicating = [place for place, value in enumerate(self.before()) if value > self._threshold]
+        values = self._highest_with_others(neurons, NOTHING, places, replicating or self.places)
         if self._originals is None:
             return values
         with_originals = self.with_originals(neurons, places)
@@ -89,7 +94,7 @@ class ImageRuns:
 
     def diversity(self, neurons: NeuronSet) -> tuple[float, ...]:
         """For each seed, the highest similarity of its image with another seed's, both with these neurons off."""
-        return self._highest_with_others(neurons, neurons, self.places)
+        return self._highest_with_others(neurons, neurons, self.places, self.places)
 
     def with_originals(self, neurons: NeuronSet, places: Sequence[int]) -> tuple[float, ...]:
         """For some seeds, the highest similarity of the image with an original of the prompt, which must be known."""
@@ -112,9 +117,11 @@ class ImageRuns:
             found.append((prompt, table[prompt][place]))
         return found
 
-    def _highest_with_others(self, neurons: NeuronSet, others: NeuronSet, places: Sequence[int]) -> tuple[float, ...]:
-        table = self.similarity.between(self._of(neurons, places), self._of(others, self.places))
-        table[torch.arange(len(places)), torch.tensor(places)] = -math.inf
+    def _highest_with_others(
+        self, neurons: NeuronSet, others: NeuronSet, places: Sequence[int], among: Sequence[int]
+    ) -> tuple[float, ...]:
+        table = self.similarity.between(self._of(neurons, places), self._of(others, among))
+        table[torch.tensor(places)[:, None] == torch.tensor(among)] = -math.inf
         return tuple(table.amax(1).tolist())
 
     def _of(self, neurons: NeuronSet, places: Sequence[int]) -> Tensor:

@@ -168,8 +168,9 @@ class Localizer:
                 advance(self.seeds)
             kept_seeds = probe.keep_above(self.threshold)
             images = self._image_runs(prompt, probe.runs.batch_size)
-            if not kept_seeds and images is not None and max(images.before()) > self._memorized_images:
-                kept_seeds = probe.keep_above(-math.inf)  # the first step has missed this prompt
+            missed = not kept_seeds and images is not None and max(images.before()) > self._memorized_images
+            if missed:
+                kept_seeds = probe.keep_above(-math.inf)
             outcome, verdict = Outcome(), None
             search, task = SEARCHES[self.search], self._task(probe, text, bars)
             if images is not None and self.verify is not None:
@@ -177,7 +178,10 @@ class Localizer:
                     verifier = Verifier(
                         images, self.verify, prompt=prompt, originals=self._originals, on_images=lambda: advance(1)
                     )
-                    outcome, verdict = verifier.search(task, search) if kept_seeds else verifier.unsearched()
+                    if kept_seeds:
+                        outcome, verdict = verifier.search(task, search, missed=missed)
+                    else:
+                        outcome, verdict = verifier.unsearched()
             elif kept_seeds:
                 outcome = search(task)
             certificate = None
@@ -223,12 +227,14 @@ class Localizer:
     def _image_runs(self, prompt: str, batch_size: int) -> ImageRuns | None:
         if self.verify is None:
             return None
+        assert self.verify.threshold is not None
         return ImageRuns(
             self.pipe,
             prompt,
             self.verify.resolved_sampling,
             self.verify.similarity,
             batch_size=batch_size,
+            threshold=self.verify.threshold,
             originals=self._originals.get(prompt),
         )
 

@@ -132,23 +132,26 @@ class Verifier:
         self._originals = originals
         self._on_images = on_images
 
-    def search(self, task: Task, search: Callable[[Task], Outcome]) -> tuple[Outcome, Verdict]:
+    def search(self, task: Task, search: Callable[[Task], Outcome], *, missed: bool = False) -> tuple[Outcome, Verdict]:
         """Search at the first step, and go on until the images no longer replicate.
 
         1. The search with the requested τ.
         2. While images still replicate, the search with a τ halfway between what was reached and the floor.
         3. If that does not help and all searched neurons off do: trials that are judged by the images.
 
+        If the first step has missed the prompt, it says nothing of its image, and step 3 follows in any case.
+
         Args:
             task: the prompt to search.
             search: the search at the first step.
+            missed: whether only the images have shown that the prompt replicates.
 
         Returns:
             What was found, and the verdict on it. If nothing helps, this is what was found in step 1.
         """
         first = outcome = search(task)
         trial = unsilenced = self._try(outcome, FIRST_STEP)
-        for _ in range(self._settings.stricter):
+        for _ in range(0 if missed else self._settings.stricter):
             if not self._replicates(trial):
                 return outcome, self._verdict(outcome.neurons, trial)
             assert outcome.score_after is not None
@@ -161,11 +164,12 @@ class Verifier:
                 break
             outcome = stricter
             trial = self._try(outcome, f"{FIRST_STEP}, τ lowered to {lower:.3f}")
-        if self._replicates(trial):
-            found = self._search_by_images(task, first, unsilenced)
+        if missed or self._replicates(trial):
+            found = self._search_by_images(task, first, unsilenced, missed)
             if found is None:
                 return first, self._verdict(first.neurons, unsilenced)
-            outcome, trial = found
+            if self._replicates(unsilenced) or len(found[0].neurons) < len(first.neurons):
+                outcome, trial = found
         return outcome, self._verdict(outcome.neurons, trial)
 
     def unsearched(self) -> tuple[Outcome, Verdict]:
@@ -173,26 +177,30 @@ class Verifier:
         before = self._runs.before()
         return Outcome(), self._verdict(NOTHING, ImageTrial(0, "no neuron off", None, before, before))
 
-    def _search_by_images(self, task: Task, first: Outcome, failed: ImageTrial) -> tuple[Outcome, ImageTrial] | None:
+    def _search_by_images(
+        self, task: Task, first: Outcome, failed: ImageTrial, missed: bool
+    ) -> tuple[Outcome, ImageTrial] | None:
         """Search with trials that are judged by images; None if all searched neurons off do not silence them.
 
         Args:
             task: the prompt to search.
             first: what the search with the requested τ found.
-            failed: the trial of its set, which leaves copies.
+            failed: the trial of its set, which leaves copies, or at least is no answer.
+            missed: as for `search`. Then the candidates of `first` mean nothing.
         """
         everything = task.all_neurons
         if self._replicates(self._try_set(everything, f"{IMAGES}, all searched neurons off", None)):
             return None
         probe = ImageProbe(self._runs, self._limits, self._settings.budget, failed)
         probe.remaining(everything)  # these images exist, and make it the best set so far
-        note = "the set was found by the images, because no lower τ at the first step silenced them"
+        reason = "the first step does not show this prompt" if missed else "no lower τ at the first step silenced them"
+        note = f"the set was found by the images, because {reason}"
         theta: float | None = None
         top_k: int | None = None
         selected = everything
         try:
             candidates: Mapping[str, Sequence[int]] = everything
-            if probe.remaining(first.initial_neurons, stop_above=1.0) <= 1:
+            if not missed and probe.remaining(first.initial_neurons, stop_above=1.0) <= 1:
                 theta, top_k, selected = first.theta, first.top_k, first.initial_neurons
                 candidates = selected
             else:
@@ -218,7 +226,7 @@ class Verifier:
             first,
             neurons=probe.best,
             score_after=score,
-            notes=(*first.notes, note),
+            notes=(note,) if missed else (*first.notes, note),
             theta=theta,
             top_k=top_k,
             initial_neurons=selected,

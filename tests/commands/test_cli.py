@@ -1,5 +1,6 @@
 """The `nemo-ext` command: the whole way through real processes, and what it says about bad input."""
 
+import argparse
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from tiny_pipeline import Planted
 
 from nemo_ext import commands
 from nemo_ext.cli import main
+from nemo_ext.commands import localize
 from nemo_ext.measure.generation import Sampling
 from nemo_ext.measure.protocol import Protocol
 from nemo_ext.measure.statistics import ActivationStatistics
@@ -172,6 +174,14 @@ class TestWrongUsage:
     ) -> None:
         assert main(arguments) == 2
         assert_one_sentence(capsys.readouterr().err, said, "--help")
+
+
+def test_several_prompts_are_all_searched() -> None:
+    parser = argparse.ArgumentParser()
+    localize.add_arguments(parser)
+    files = [f"--{name}=f" for name in ("model", "statistics", "out")]
+    args = parser.parse_args([*files, "--threshold=.4", "--prompt=a zebra", "--prompt=a camel"])
+    assert [prompt.text for prompt in localize._prompts(args)] == ["a zebra", "a camel"]
 
 
 @pytest.mark.slow

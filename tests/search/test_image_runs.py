@@ -40,8 +40,9 @@ class Numbered(ImageSimilarity):
 TABLE = torch.arange(49, dtype=torch.float64).reshape(7, 7) / 100
 
 
-def image_runs(similarity: ImageSimilarity, originals: Tensor | None = None) -> ImageRuns:
-    return ImageRuns(tiny_pipeline(), "a cat", SAMPLING, similarity, batch_size=2, originals=originals)
+def image_runs(similarity: ImageSimilarity, originals: Tensor | None = None, threshold: float = 0.0) -> ImageRuns:
+    pipe = tiny_pipeline()
+    return ImageRuns(pipe, "a cat", SAMPLING, similarity, batch_size=2, threshold=threshold, originals=originals)
 
 
 def test_the_same_seed_is_left_out() -> None:
@@ -86,7 +87,7 @@ def test_no_image_is_generated_twice() -> None:
 
 def test_neurons_are_off_only_while_images_are_generated() -> None:
     pipe = tiny_pipeline()
-    runs = ImageRuns(pipe, "a cat", SAMPLING, Numbered(TABLE), batch_size=2)
+    runs = ImageRuns(pipe, "a cat", SAMPLING, Numbered(TABLE), batch_size=2, threshold=0.0)
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     with_none_off, with_one_off = (
         runs.images(NOTHING),
@@ -103,3 +104,16 @@ def test_a_similarity_that_is_not_finite_is_refused() -> None:
 
     with pytest.raises(NemoError, match="numbered is not finite for an image of 'a cat'"):
         image_runs(Broken(TABLE)).before()
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.7, (0.3, 0.2, 0.1)), (0.95, (0.4, 0.5, 0.1))])
+def test_images_are_compared_with_those_that_replicate_and_with_all_if_none_does(
+    threshold: float, expected: tuple[float, ...]
+) -> None:
+    table = torch.zeros(6, 6, dtype=torch.float64)
+    table[0, 1] = table[1, 0] = 0.9  # the untouched images of seeds 0 and 1 are alike, and that of seed 2 is another
+    after = [[0.9, 0.3, 0.4], [0.2, 0.9, 0.5], [0.1, 0.1, 0.9]]
+    table[3:, :3] = torch.tensor(after, dtype=torch.float64)
+    runs = image_runs(Numbered(table), threshold=threshold)
+    assert runs.before() == (0.9, 0.9, 0.0)
+    assert runs.remaining(OFF, (0, 1, 2)) == expected

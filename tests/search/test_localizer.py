@@ -256,7 +256,7 @@ class TestThePipelineIsLeftAsItWas:
             raise KeyboardInterrupt
 
         before = state_of(planted.pipe)
-        monkeypatch.setattr(grouped, "refine_grouped", fail)
+        monkeypatch.setattr(grouped, "select_candidates", fail)
         with pytest.raises(KeyboardInterrupt):
             localizer.localize(planted.memorized_prompt)
         assert state_of(planted.pipe) == before

@@ -13,14 +13,16 @@ from tiny_pipeline import Planted, planted_pipeline
 from torch import nn
 
 from nemo_ext.demo import load_demo_pipeline
-from nemo_ext.demo.captions import MEMORIZED, holdout_captions, ordinary_captions
+from nemo_ext.demo.captions import LATE, MEMORIZED, holdout_captions, ordinary_captions
 from nemo_ext.demo.planted import planted_neurons
 from nemo_ext.demo.run import MODEL
+from nemo_ext.measure.generation import Sampling
 from nemo_ext.measure.statistics import ActivationStatistics, collect_statistics
 from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import patched
 from nemo_ext.results.record import Localization
-from nemo_ext.search.localizer import Localizer
+from nemo_ext.search.localizer import Localizer, localize
+from nemo_ext.search.verification import IMAGES, Verification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from baseline_search import PlainSearch
@@ -130,6 +132,22 @@ def test_demo_search_finds_the_planted_carriers_and_no_decoys(
         assert len(neurons - answer[caption].carriers) == 0
     recall = [len(neurons) / len(answer[caption].carriers) for caption, neurons in found.items()]
     assert sum(recall) / len(recall) >= 0.85
+
+
+@pytest.mark.slow
+def test_demo_search_by_images_finds_carriers_of_a_caption_that_the_first_step_misses(
+    demo: tuple[StableDiffusionPipeline, ActivationStatistics],
+) -> None:
+    """With fewer seeds and steps than by default, and pixels instead of SSCD, because of the time."""
+    pipe, statistics = demo
+    verify = Verification(sampling=Sampling(seeds=4, steps=10, guidance=2.0), threshold=0.5)
+    found = localize(pipe, LATE[0].caption, statistics=statistics, threshold=0.6, seeds=4, verify=verify)
+    assert found.missed_by_first_step
+    assert found.verified
+    assert found.verdict is not None
+    assert found.verdict.final.criterion == IMAGES
+    assert len(found.neurons)
+    assert len(found.neurons - planted_neurons(MODEL)[LATE[0].caption].carriers) == 0
 
 
 class TestCompiled:

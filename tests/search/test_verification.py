@@ -58,6 +58,7 @@ def verified(
     images: FakeImages,
     threshold: float = TAU,
     search: Callable[[Task], Outcome] = search_exhaustive,
+    missed: bool = False,
     **settings: int,
 ) -> tuple[Outcome, Verdict]:
     verifier = Verifier(
@@ -70,7 +71,7 @@ def verified(
         widths = dict.fromkeys(LAYERS, 9)
         probe = FakeProbe(additive(WEIGHTS))
         task = Task(probe, activations, ZScores({}), widths, threshold, Protocol.paper(), bars)  # type: ignore[arg-type]
-        return verifier.search(task, search)
+        return verifier.search(task, search, missed=missed)
 
 
 class TestSearch:
@@ -125,6 +126,22 @@ class TestSearch:
         assert verdict.silenced
         assert verdict.final.criterion == "images"
         assert any("found by the images" in note for note in outcome.notes)
+
+    @pytest.mark.parametrize("carriers", [[THIRD], [SECOND]])
+    def test_judges_by_images_from_the_start_if_the_first_step_has_missed_the_prompt(
+        self, carriers: list[tuple[str, int]]
+    ) -> None:
+        """With τ = .31 the first step selects and keeps FIRST and SECOND, whose images may even be gone."""
+        outcome, verdict = verified(FakeImages(shown_by(*carriers)), threshold=0.31, missed=True)
+        assert outcome.neurons == NeuronSet.from_pairs(carriers)
+        assert verdict.silenced
+        assert not any("lowered" in trial.criterion for trial in verdict.trials)
+        assert outcome.notes == ("the set was found by the images, because the first step does not show this prompt",)
+
+    def test_keeps_the_set_of_the_first_step_if_the_images_find_none_that_is_smaller(self) -> None:
+        outcome, verdict = verified(FakeImages(shown_by(FIRST)), missed=True)
+        assert outcome.neurons == NeuronSet.from_pairs([FIRST])
+        assert (verdict.final.criterion, verdict.silenced) == ("first step", True)
 
     def test_keeps_the_first_set_where_nothing_helps_and_says_so(self) -> None:
         outcome, verdict = verified(FakeImages(lambda neurons, place: 0.9))
