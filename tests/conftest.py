@@ -65,7 +65,12 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("device", devices, indirect=True)
 
 
+#: Files that take minutes. They begin first, so that no process is left alone with one of them at the end.
+LONG = ("project/test_benchmarks", "ranks/test_killed", "commands/test_cli", "demo/test_demo_model", "demo/test_demo")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.with_suffix("").as_posix().endswith(LONG))
     for item in items:
         marker = item.get_closest_marker("leg")
         if marker is None:
