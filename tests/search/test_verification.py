@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_images import FakeImages, Remaining
 from fake_probe import LAYERS, FakeProbe, additive
+from fake_task import STATISTICS
 from tiny_pipeline import Planted, planted_pipeline
 from torch import Tensor
 
@@ -34,14 +35,8 @@ WEIGHTS = {FIRST: 0.5, SECOND: 0.2, THIRD: 0.05}
 TAU, TAU_IMAGE = 0.6, 0.4
 
 
-class ZScores(ActivationStatistics):
-    """The z-scores of a prompt that the test gives: neurons of `WEIGHTS` stand out, the more the more they weigh."""
-
-    def z_scores(self, activation: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {layer: values.double() for layer, values in activation.items()}
-
-
 def activations() -> dict[str, Tensor]:
+    """Neurons of `WEIGHTS` stand out, the more the more they weigh."""
     values = {layer: torch.zeros(9) for layer in LAYERS}
     for number, (layer, index) in enumerate(WEIGHTS):
         values[layer][index] = 6.0 - number
@@ -70,7 +65,7 @@ def verified(
     with Progress(False) as bars:
         widths = dict.fromkeys(LAYERS, 9)
         probe = FakeProbe(additive(WEIGHTS))
-        task = Task(probe, activations, ZScores({}), widths, threshold, Protocol.paper(), bars)  # type: ignore[arg-type]
+        task = Task(probe, activations, STATISTICS, widths, threshold, Protocol.paper(), bars)  # type: ignore[arg-type]
         return verifier.search(task, search, missed=missed)
 
 
