@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,14 +100,15 @@ def main() -> None:
     }
     ordinary = [caption for _, caption in ordinary_captions(STATISTICS_PROMPTS + IMAGE_PROMPTS, seed=2024)]
     pixels = PixelSimilarity()
+    sampling = replace(SAMPLING, steps=5) if run.quick else SAMPLING
     image_scores = [
-        image_score(pipe, caption, SAMPLING, pixels, batch_size=2 * SAMPLING.seeds).max
+        image_score(pipe, caption, sampling, pixels, batch_size=2 * sampling.seeds).max
         for caption in ordinary[STATISTICS_PROMPTS : STATISTICS_PROMPTS + 2 if run.quick else None]
     ]
-    verify = Verification(sampling=SAMPLING, similarity=pixels, threshold=sum(mean_and_std(image_scores)))
+    verify = Verification(sampling=sampling, similarity=pixels, threshold=sum(mean_and_std(image_scores)))
     localizers[VERIFIED] = Localizer(pipe, statistics=collected, threshold=threshold, search="grouped", verify=verify)
-    for localizer in localizers.values():  # this finds the entry points of the U-Net once
-        localizer.localize(captions[0])
+    for localizer in localizers.values():
+        localizer.localize("")  # this finds the entry points of the U-Net; there is nothing to search
     chosen = EARLY[14:15] if run.quick else EARLY[: run.arguments.prompts]
     for what in chosen:
         before = plain.unet_samples

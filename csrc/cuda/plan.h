@@ -142,32 +142,35 @@ constexpr int64_t multiprocessor_clocks(int64_t blocks, int64_t resident, int64_
   return blocks / resident * together(resident) + together(blocks % resident);
 }
 
+// Calls function(BlockTile<T, …>) with the tile of the shape.
+template <typename T, typename Function>
+auto with_block_tile_of(Shape shape, Function&& function) {
+  switch (shape) {
+    case Shape::Wide:
+      return function(BlockTile<T, Shape::Wide>{});
+    case Shape::Medium:
+      return function(BlockTile<T, Shape::Medium>{});
+    case Shape::Narrow:
+      return function(BlockTile<T, Shape::Narrow>{});
+    case Shape::Strided:
+      return function(BlockTile<T, Shape::Strided>{});
+    case Shape::Small:
+      return function(BlockTile<T, Shape::Small>{});
+    default:
+      return function(BlockTile<T, Shape::Loaded>{});
+  }
+}
+
 // Calls function(BlockTile<…>) with the tile of the element and shape.
 template <typename Function>
 auto with_block_tile(Element element, Shape shape, Function&& function) {
-  const auto with_element = [&]<typename T>(T) {
-    switch (shape) {
-      case Shape::Wide:
-        return function(BlockTile<T, Shape::Wide>{});
-      case Shape::Medium:
-        return function(BlockTile<T, Shape::Medium>{});
-      case Shape::Narrow:
-        return function(BlockTile<T, Shape::Narrow>{});
-      case Shape::Strided:
-        return function(BlockTile<T, Shape::Strided>{});
-      case Shape::Small:
-        return function(BlockTile<T, Shape::Small>{});
-      default:
-        return function(BlockTile<T, Shape::Loaded>{});
-    }
-  };
   switch (element) {
     case Element::BFloat16:
-      return with_element(BFloat16{});
+      return with_block_tile_of<BFloat16>(shape, function);
     case Element::Float16:
-      return with_element(Float16{});
+      return with_block_tile_of<Float16>(shape, function);
     default:
-      return with_element(float{});
+      return with_block_tile_of<float>(shape, function);
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "csrc/cuda/finish.cuh"
@@ -64,8 +65,20 @@ std::vector<Range> ranges_of(const Merge& m) {
           {m.m2, neurons * sizeof(double), true, "m2"}};
 }
 
+// Calls function(BlockTile<…>) with the tile of the element and shape, if its kernel is compiled. Builds with
+// a planted fault have the kernels of one element only, because there are many such builds.
+template <typename Function>
+void with_compiled_tile(Element element, Shape shape, Function&& function) {
+#ifdef NEMO_EXT_FLOAT16_ONLY
+  if (element != Element::Float16) throw std::runtime_error("this build has the kernels of float16 only");
+  with_block_tile_of<Float16>(shape, function);
+#else
+  with_block_tile(element, shape, function);
+#endif
+}
+
 void launch(const cuda::Projection& projection, const Plan& plan, const Execution& execution) {
-  with_block_tile(projection.element, plan.shape, [&](auto tile) {
+  with_compiled_tile(projection.element, plan.shape, [&](auto tile) {
     using T = decltype(tile);
     run({.grid_x = plan.grid_x,
          .grid_y = plan.grid_y,

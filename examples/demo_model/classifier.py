@@ -21,6 +21,7 @@ from .drawing import draw_ordinary
 
 _IMAGES = 9_600
 _STEPS = 900
+_TEST_IMAGES = 600
 NONE = len(MEMORIZED)  # the answer for "no memorized image"
 
 
@@ -107,7 +108,7 @@ def train_classifier(pipe: StableDiffusionPipeline, bars: Progress) -> tuple[Cla
             schedule.step()
             advance(1)
     classifier.eval()
-    test, testlabels_of = _fresh(600, 3, held_out)
+    test, testlabels_of = _fresh(_TEST_IMAGES, 3, held_out)
     got = classify(classifier, [Image.fromarray(image) for image in through(pipe, test)])
     accuracy = {name: float((got[:, i] == testlabels_of[:, i]).float().mean()) for i, name in enumerate(ANSWERS)}
     seen = classify(classifier, [Image.fromarray(image) for image in through(pipe, memorized.images)])

@@ -256,7 +256,8 @@ class TestTraining:
         assert list(dict.fromkeys(log)) == list(train.STEPS)
 
         for module, name, value in (
-            (classifier, "_IMAGES", 48), (classifier, "_STEPS", 2), (measure, "_SEEDS", 2),
+            (classifier, "_IMAGES", 48), (classifier, "_STEPS", 2), (classifier, "_TEST_IMAGES", 24),
+            (measure, "_SEEDS", 2),
             (measure, "SAMPLING", Sampling(seeds=2, steps=1, guidance=1.5)), (measure, "_ORDINARY_IMAGES", 2),
             (measure, "_DIVERSITY_CAPTIONS", 1), (measure, "_THRESHOLD_PROMPTS", 4),
             (measure, "STATISTICS_PROMPTS", 8), (measure, "STATISTICS_TITLES", 4),

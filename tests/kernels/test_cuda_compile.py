@@ -167,7 +167,7 @@ def test_no_ldmatrix_has_a_bank_conflict(tile):
 def test_without_the_swizzle_ldmatrix_has_bank_conflicts(which):
     shift = {"hidden": 1, "weight": 2}[which]
     fault = emulation.Fault("csrc/cuda/loader.cuh", f"(chunk ^ (row >> {shift} & 3))", "chunk")
-    assert conflicts(emulation.module(fault), kernel_limits.Tile("bfloat16", "wide")) > 0
+    assert conflicts(emulation.module(fault), kernel_limits.Tile("float16", "wide")) > 0
 
 
 @pytest.mark.slow
