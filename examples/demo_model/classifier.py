@@ -108,9 +108,9 @@ def train_classifier(pipe: StableDiffusionPipeline, bars: Progress) -> tuple[Cla
             schedule.step()
             advance(1)
     classifier.eval()
-    test, testlabels_of = _fresh(_TEST_IMAGES, 3, held_out)
+    test, test_labels = _fresh(_TEST_IMAGES, 3, held_out)
     got = classify(classifier, [Image.fromarray(image) for image in through(pipe, test)])
-    accuracy = {name: float((got[:, i] == testlabels_of[:, i]).float().mean()) for i, name in enumerate(ANSWERS)}
+    accuracy = {name: float((got[:, i] == test_labels[:, i]).float().mean()) for i, name in enumerate(ANSWERS)}
     seen = classify(classifier, [Image.fromarray(image) for image in through(pipe, memorized.images)])
     accuracy["memorized"] = float((seen[:, 3] == torch.tensor(memorized.owner)).float().mean())
     accuracy["ordinary_called_memorized"] = float((got[:, 3] != NONE).float().mean())

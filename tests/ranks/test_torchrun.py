@@ -33,6 +33,7 @@ def lines_but_for_times(folder: Path) -> list[dict[str, Any]]:
 def test_two_ranks_write_what_one_process_writes(tmp_path: Path) -> None:
     ordinary = [caption for _, caption in ordinary_captions(130, seed=2024)]
     (tmp_path / "ordinary.txt").write_text("\n".join(ordinary))
+    # The score of the first ordinary caption is above τ, and a search for neurons that are not there takes long.
     suspects = [MEMORIZED[0].caption, ordinary[1], MEMORIZED[2].caption]
     (tmp_path / "suspects.txt").write_text("\n".join(suspects))
     threshold = json.loads((MODEL / "figures.json").read_text())["scores"]["threshold"]
