@@ -70,7 +70,8 @@ std::vector<Range> ranges_of(const Merge& m) {
 template <typename Function>
 void with_compiled_tile(Element element, Shape shape, Function&& function) {
 #ifdef NEMO_EXT_FLOAT16_ONLY
-  if (element != Element::Float16) throw std::runtime_error("this build has the kernels of float16 only");
+  // Not a runtime_error, which is what the emulation throws for a fault that it has caught.
+  if (element != Element::Float16) throw std::invalid_argument("this build has the kernels of float16 only");
   with_block_tile_of<Float16>(shape, function);
 #else
   with_block_tile(element, shape, function);
