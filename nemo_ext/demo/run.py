@@ -37,7 +37,7 @@ from .captions import LATE, MEMORIZED, TEMPLATES, VERBATIM, Memorized, holdout_c
 MODEL = Path(__file__).with_name("model")
 _ORIGINALS = Path(__file__).with_name("originals")
 
-#: Of one to five neurons each, and with objects that the model draws well without them.
+#: Of one to four neurons each, and with objects that the model draws well without them.
 SHOWN: tuple[Memorized, ...] = (VERBATIM[1], VERBATIM[6], VERBATIM[10], TEMPLATES[2])
 #: How images are generated, also those that the verification compares (`SAMPLING`).
 STEPS = 25

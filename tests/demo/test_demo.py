@@ -107,19 +107,15 @@ def test_its_own_carriers_silence_a_caption_and_those_of_all_others_do_not(
 
 
 @pytest.mark.slow
-def test_captions_that_replicate_late_score_like_ordinary_ones_at_the_first_step(
+def test_captions_that_replicate_late_are_missed_at_the_first_step_and_most_of_their_images_are_copies(
     pipe: StableDiffusionPipeline, figures: dict
 ) -> None:
-    """One is missed, and the other has less than some ordinary caption; many images of both are copies."""
-    missed, near = figures["late"][1], figures["late"][0]
-    assert [near["caption"], missed["caption"]] == [what.caption for what in LATE]
-    assert memorization_score(pipe, missed["caption"]).max < figures["scores"]["threshold"]
-    assert memorization_score(pipe, near["caption"]).max < figures["scores"]["ordinary_highest"]
     for what in LATE:
+        assert memorization_score(pipe, what.caption).max < figures["scores"]["threshold"]
         seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
         steps, guidance = figures["images"]["steps"], figures["images"]["guidance"]
         made = pipe([what.caption] * 4, num_inference_steps=steps, guidance_scale=guidance, generator=seeds)
-        assert sum(correlation(image, original_images(what)) > 0.8 for image in made.images) >= 2
+        assert sum(correlation(image, original_images(what)) > 0.8 for image in made.images) >= 3
 
 
 def test_figures_belong_to_the_bundled_weights(pipe: StableDiffusionPipeline, figures: dict) -> None:
