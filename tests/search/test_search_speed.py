@@ -15,7 +15,7 @@ from torch import nn
 from nemo_ext.demo import load_demo_pipeline
 from nemo_ext.demo.captions import LATE, MEMORIZED, holdout_captions, ordinary_captions
 from nemo_ext.demo.planted import planted_neurons
-from nemo_ext.demo.run import MODEL
+from nemo_ext.demo.run import MODEL, SAMPLING
 from nemo_ext.measure.generation import Sampling
 from nemo_ext.measure.statistics import ActivationStatistics, collect_statistics
 from nemo_ext.neurons import NeuronSet
@@ -148,6 +148,25 @@ def test_demo_search_by_images_finds_carriers_of_a_caption_that_the_first_step_m
     assert found.verdict.final.criterion == IMAGES
     assert len(found.neurons)
     assert len(found.neurons - planted_neurons(MODEL)[LATE[0].caption].carriers) == 0
+
+
+@pytest.mark.slow
+def test_demo_verification_goes_on_to_the_carrier_that_the_first_step_does_not_need(
+    demo: tuple[StableDiffusionPipeline, ActivationStatistics],
+) -> None:
+    """Two of three carriers bring the first step of this caption to τ, and one of four images is still a copy."""
+    pipe, statistics = demo
+    prompt = "poster for saffron violin by greta lund"
+    verify = Verification(sampling=SAMPLING, threshold=0.5)
+    found = localize(pipe, prompt, statistics=statistics, threshold=DEMO_THRESHOLD, verify=verify)
+    assert found.verdict is not None
+    first = found.verdict.trials[0]
+    assert first.score is not None
+    assert first.score < DEMO_THRESHOLD
+    assert sum(excess > 1 for excess in found.verdict.limits.excess(first)) == 1
+    assert first.neurons < len(found.neurons)
+    assert found.neurons == planted_neurons(MODEL)[prompt].carriers
+    assert found.verified
 
 
 class TestCompiled:
