@@ -22,7 +22,7 @@ from nemo_ext.neurons import NeuronSet
 from nemo_ext.patching.patch import patched
 from nemo_ext.results.record import Localization
 from nemo_ext.search.localizer import Localizer, localize
-from nemo_ext.search.verification import IMAGES, Verification
+from nemo_ext.search.verification import FIRST_STEP, IMAGES, Verification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from baseline_search import PlainSearch
@@ -165,6 +165,7 @@ def test_demo_verification_goes_on_to_the_carrier_that_the_first_step_does_not_n
     assert first.score < DEMO_THRESHOLD
     assert sum(excess > 1 for excess in found.verdict.limits.excess(first)) == 1
     assert first.neurons < len(found.neurons)
+    assert found.verdict.final.criterion.startswith(f"{FIRST_STEP}, τ lowered")
     assert found.neurons == planted_neurons(MODEL)[prompt].carriers
     assert found.verified
 
